@@ -1,0 +1,168 @@
+"""Three small convolutional networks that differ in their normalization and in nothing else.
+
+    NetA  batch norm   Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167
+    NetB  layer norm   Ba, Kiros & Hinton 2016, https://arxiv.org/abs/1607.06450
+    NetC  group norm   Wu & He 2018, https://arxiv.org/abs/1803.08494
+
+They share one chain of layers, 48,042 parameters with the default widths and 10 classes:
+
+    C1 C2 c3 P1 C4 C5 C6 c7 P2 C8 C9 C10 GAP c11
+
+A capital C is a 3x3 convolution, a norm and an activation (SiLU); a small c is a 1x1 convolution alone; P averages
+2x2 pixels; GAP averages each channel over the image. No skip connections, and no bias but in c11: a shift per
+channel follows every other convolution.
+
+Each norm computes ``(x - mean) / sqrt(variance + 1e-5) * scale + shift`` with one scale and one shift per channel.
+What differs is the axes of the activations (N, C, H, W) over which mean and (biased) variance are taken:
+
+    batch  N, H, W              one mean per channel; in eval mode, running averages of the training batches' means
+    layer  C, H, W              one mean per image
+    group  C / groups, H, W     one mean per image and group of neighbouring channels
+    none                        no mean and no variance: the scale and the shift alone, as a control
+
+Layer norm here is ``nn.GroupNorm(1, C)``, not ``nn.LayerNorm([C, H, W])``. Both take the same mean and variance, but
+the latter learns a scale and a shift for every position: 147,456 parameters in this chain instead of 432, three times
+the whole budget of 50,000, and a net tied to one image size.
+
+This file needs torch alone. In another notebook:
+
+    net = NetB()
+    net.load_state_dict(torch.load("NetB.pt", weights_only=True))
+    logits = net.eval()((images / 255 - MEAN) / STD)  # images: (N, 3, 32, 32), 0 to 255
+"""
+
+from collections import OrderedDict
+
+import torch
+from torch import nn
+
+# Mean and standard deviation of each colour over all pixels of CIFAR-10's training images, scaled to 0..1.
+MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)
+STD = torch.tensor([0.2470, 0.2435, 0.2616]).view(3, 1, 1)
+
+NORMS = ("batch", "layer", "group", "none")
+CONVOLUTIONS = ("C1", "C2", "c3", "C4", "C5", "C6", "c7", "C8", "C9", "C10")
+WIDTHS = (16, 32, 24, 24, 24, 24, 24, 32, 32, 32)  # output channels of CONVOLUTIONS, in that order
+
+
+class ScaleShift(nn.Module):
+    """What is left of a norm without its statistics: a scale and a shift per channel. (N, C, H, W) to the same."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x):
+        return x * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
+
+
+def make_norm(norm, channels, groups):
+    """The norm called `norm` (one of NORMS) for activations (N, channels, H, W)."""
+    if norm == "batch":
+        return nn.BatchNorm2d(channels)
+    if norm == "layer":
+        return nn.GroupNorm(1, channels)
+    if norm == "group":
+        return nn.GroupNorm(groups, channels)
+    return ScaleShift(channels)
+
+
+class Net(nn.Sequential):
+    """The chain with one kind of norm: images (N, in_channels, H, W), standardised, to logits (N, classes).
+
+    norm         one of NORMS
+    groups       groups of channels in group norm; must divide the width of every capital convolution
+    widths       output channels of C1 C2 c3 C4 C5 C6 c7 C8 C9 C10
+    classes      number of logits
+    in_channels  3 for colour images
+
+    H and W are multiples of 4; 32 gives 32x32 in C1 to c3, 16x16 in C4 to c7 and 8x8 in C8 to C10.
+    Raises ValueError for an unknown norm, a wrong number of widths, or groups that do not divide a width.
+    """
+
+    def __init__(self, norm, groups=4, widths=WIDTHS, classes=10, in_channels=3):
+        widths = tuple(widths)
+        check(norm, groups, widths, classes, in_channels)
+        inputs = dict(zip(CONVOLUTIONS, (in_channels, *widths[:-1]), strict=True))
+        outputs = dict(zip(CONVOLUTIONS, widths, strict=True))
+
+        def conv3x3(name):
+            return nn.Sequential(
+                OrderedDict(
+                    conv=nn.Conv2d(inputs[name], outputs[name], 3, padding=1, bias=False),
+                    norm=make_norm(norm, outputs[name], groups),
+                    activation=nn.SiLU(),
+                )
+            )
+
+        def conv1x1(name):
+            return nn.Conv2d(inputs[name], outputs[name], 1, bias=False)
+
+        super().__init__(
+            OrderedDict(
+                C1=conv3x3("C1"),
+                C2=conv3x3("C2"),
+                c3=conv1x1("c3"),
+                P1=nn.AvgPool2d(2),
+                C4=conv3x3("C4"),
+                C5=conv3x3("C5"),
+                C6=conv3x3("C6"),
+                c7=conv1x1("c7"),
+                P2=nn.AvgPool2d(2),
+                C8=conv3x3("C8"),
+                C9=conv3x3("C9"),
+                C10=conv3x3("C10"),
+                GAP=nn.AdaptiveAvgPool2d(1),
+                c11=nn.Conv2d(widths[-1], classes, 1),
+            )
+        )
+        self.norm, self.groups, self.widths = norm, groups, widths
+
+    def forward(self, x):
+        return super().forward(x).flatten(1)
+
+
+class NetA(Net):
+    """`Net` with batch norm."""
+
+    def __init__(self, **options):
+        super().__init__("batch", **options)
+
+
+class NetB(Net):
+    """`Net` with layer norm."""
+
+    def __init__(self, **options):
+        super().__init__("layer", **options)
+
+
+class NetC(Net):
+    """`Net` with group norm, four groups unless `groups` says otherwise."""
+
+    def __init__(self, **options):
+        super().__init__("group", **options)
+
+
+def check(norm, groups, widths, classes, in_channels):
+    """Raise ValueError, in one line, for arguments that `Net` can't be built from."""
+    if norm not in NORMS:
+        raise ValueError(f"norm is {norm!r}; choose one of {', '.join(NORMS)}")
+    if len(widths) != len(CONVOLUTIONS):
+        raise ValueError(f"widths has {len(widths)} numbers; give {len(CONVOLUTIONS)}: {' '.join(CONVOLUTIONS)}")
+    counts = dict(zip(CONVOLUTIONS, widths, strict=True)) | {
+        "groups": groups,
+        "classes": classes,
+        "in_channels": in_channels,
+    }
+    for name, count in counts.items():
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(f"{name} is {count!r}; give a whole number of 1 or more")
+    if norm == "group":
+        normed = [width for name, width in counts.items() if name.startswith("C")]
+        if any(width % groups for width in normed):
+            choices = [str(n) for n in range(1, min(normed) + 1) if not any(width % n for width in normed)]
+            raise ValueError(
+                f"groups is {groups}, which does not divide each of the widths {normed}; "
+                f"choose one of {', '.join(choices)}"
+            )

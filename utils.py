@@ -1,0 +1,946 @@
+"""Data, training, scoring, misclassified images and plots for `s8.ipynb`, in this order.
+
+Images are kept as CIFAR-10 stores them, (N, 32, 32, 3) uint8, on the device that trains; a batch is cut, augmented
+and standardised there. Accuracies are percent, losses are nats per image, seconds are wall-clock.
+"""
+
+import copy
+import math
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from scipy import stats
+from torch import nn
+from torchvision.datasets import CIFAR10
+from torchvision.datasets.utils import check_integrity
+from tqdm import tqdm
+
+import models
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------------------------------------------------
+
+NETS = {"batch": "NetA", "layer": "NetB", "group": "NetC", "none": "Net"}
+LEARNING_RATES = {"NetA": 0.03, "NetB": 0.03, "NetC": 0.03, "Net": 0.03}  # best on the validation split: study.py, tune
+AUGMENTS = ("none", "flip", "flip+crop")
+WARMUP = 0.2  # share of the steps in which the learning rate climbs; it falls to 0 over the others
+LABEL_SMOOTHING = 0.1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run does, apart from its net and its data. The last epoch's net is the result."""
+
+    learning_rate: float = 0.03  # at its peak; see Muon
+    weight_decay: float = 0.5  # share of a weight taken off per step, in units of the learning rate
+    momentum: float = 0.95
+    batch_size: int = 500  # images; what does not fill a batch waits for another epoch
+    epochs: int = 20
+    augment: str = "none"  # one of AUGMENTS; the crop is from 4 reflected pixels around the image
+    seed: int = 0  # of the initial weights, the order of the images and the augmentation
+
+    def __post_init__(self):
+        for name, low, high in (("learning_rate", 0, 10), ("weight_decay", 0, 100), ("momentum", 0, 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not low <= value <= high:
+                raise ValueError(f"{name} is {value!r}; give a number from {low} to {high}")
+        if self.learning_rate == 0:
+            raise ValueError("learning_rate is 0; give a number above 0")
+        for name, low in (("batch_size", 1), ("epochs", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                raise ValueError(f"{name} is {value!r}; give a whole number of {low} or more")
+        if self.augment not in AUGMENTS:
+            raise ValueError(f"augment is {self.augment!r}; choose one of {', '.join(AUGMENTS)}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much one execution of the notebook does and where it writes: `read_environment` fills it."""
+
+    seeds: tuple  # of the runs of each net
+    epochs: int
+    data: str  # "auto", "cifar10" or "synthetic"
+    publish: bool
+    out: Path  # holds img/, results/ and weights/
+
+    def folder(self, name):
+        """The folder `name` under `out`, made if absent."""
+        path = self.out / name
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+def pick_device(name=None):
+    """The torch.device called `name`, or the best of CUDA, MPS and CPU that is here."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, TypeError):
+        raise ValueError(f"device is {name!r}; choose one of cuda, mps, cpu that this machine has") from None
+
+
+def read_environment(device):
+    """The `Plan` that S8_SEEDS, S8_EPOCHS, S8_DATA, S8_OUT and S8_PUBLISH ask for.
+
+    On a GPU 3 seeds of 20 epochs, on a CPU 1 seed of 5 unless they say otherwise; ValueError for what can't be.
+    """
+
+    def whole_number(name, default):
+        text = os.environ.get(name, str(default))
+        if not text.isdecimal() or int(text) < 1:
+            raise ValueError(f"{name} is {text!r}; give a whole number of 1 or more")
+        return int(text)
+
+    def choice(name, options):
+        text = os.environ.get(name, options[0])
+        if text not in options:
+            raise ValueError(f"{name} is {text!r}; choose one of {', '.join(options)}")
+        return text
+
+    short = device.type == "cpu"
+    epochs = whole_number("S8_EPOCHS", 5 if short else Settings.epochs)
+    if epochs > Settings.epochs:
+        raise ValueError(f"S8_EPOCHS is {epochs}; the task allows at most {Settings.epochs}")
+    plan = Plan(
+        seeds=tuple(range(whole_number("S8_SEEDS", 1 if short else 3))),
+        epochs=epochs,
+        data=choice("S8_DATA", ("auto", "cifar10", "synthetic")),
+        publish=choice("S8_PUBLISH", ("0", "1")) == "1",
+        out=Path(".") if os.environ.get("S8_PUBLISH") == "1" else Path(os.environ.get("S8_OUT", "out")),
+    )
+    if plan.publish and (plan.data == "synthetic" or epochs < Settings.epochs or len(plan.seeds) < 10):
+        raise ValueError(
+            f"S8_PUBLISH is 1 with S8_DATA={plan.data}, {epochs} epochs and {len(plan.seeds)} seeds; "
+            f"only CIFAR-10 with {Settings.epochs} epochs and 10 seeds or more is published"
+        )
+    if plan.publish:
+        plan = replace(plan, data="cifar10")
+    try:
+        with tempfile.TemporaryFile(dir=plan.folder("results")):
+            pass
+    except OSError as error:
+        raise ValueError(f"S8_OUT is {str(plan.out)!r}, which can't be written: {error.strerror}") from None
+    return plan
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+SHAPES = ("disc", "ring", "square", "frame", "triangle", "plus", "cross", "bars", "columns", "half disc")
+HOW_TO_GET_CIFAR10 = (
+    f"download {CIFAR10.url} on a machine with a network, put it into the folder data/ beside the notebook "
+    "and run it again"
+)
+
+
+@dataclass(frozen=True)
+class Data:
+    """A training and a test split on one device: images (N, 32, 32, 3) uint8, labels (N,) int64 in 0..9."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    test_images: torch.Tensor
+    test_labels: torch.Tensor
+    classes: tuple = CIFAR10_CLASSES
+    real: bool = True  # False for the stand-in
+    split: str = "test"  # what test_images are: "test", or "validation" when they come from the training images
+
+    def __post_init__(self):
+        for name, images, labels in (
+            ("images", self.images, self.labels),
+            ("test_images", self.test_images, self.test_labels),
+        ):
+            shape = tuple(images.shape)
+            if images.dtype != torch.uint8 or len(shape) != 4 or shape[1:] != (32, 32, 3):
+                raise ValueError(f"{name} are {images.dtype} of shape {shape}; give torch.uint8 of (N, 32, 32, 3)")
+            if len(images) == 0:
+                raise ValueError(f"{name} are empty; give at least one")
+            if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+                raise ValueError(
+                    f"the labels of {name} are {labels.dtype} of shape {tuple(labels.shape)}; "
+                    f"give torch.int64 of ({len(images)},)"
+                )
+            low, high = labels.min().item(), labels.max().item()
+            if low < 0 or high > 9:
+                raise ValueError(f"the labels of {name} go from {low} to {high}; 0 to 9 are allowed")
+
+    @property
+    def name(self):
+        return "CIFAR-10" if self.real else "STAND-IN DATA, NOT RESULTS"
+
+
+def load_data(device, source="auto", root="data"):
+    """CIFAR-10 on `device`, fetched into `root` when it is not there, or a stand-in that is drawn.
+
+    source  "auto": the stand-in when CIFAR-10 is absent and can't be fetched; "cifar10": OSError then;
+            "synthetic": the stand-in. A damaged file that can't be fetched anew is an OSError that names it.
+    """
+    if source not in ("auto", "cifar10", "synthetic"):
+        raise ValueError(f"data source is {source!r}; choose one of auto, cifar10, synthetic")
+    if source == "synthetic":
+        print("S8_DATA=synthetic: training on drawn shapes. These are not results.")
+        return draw_stand_in(device)
+    folder = Path(root) / CIFAR10.base_folder
+    wrong = [name for name, md5 in CIFAR10.train_list + CIFAR10.test_list if not check_integrity(folder / name, md5)]
+    if wrong:
+        damaged = [str(folder / name) for name in wrong if (folder / name).exists()]
+        try:
+            fetch_cifar10(root)
+        except (OSError, RuntimeError) as error:
+            if damaged:
+                raise OSError(
+                    f"{damaged[0]} is damaged (its MD5 is wrong): delete it, then {HOW_TO_GET_CIFAR10}"
+                ) from None
+            if source == "cifar10":
+                raise OSError(
+                    f"CIFAR-10 is not in {root}/ and can't be fetched ({error}): {HOW_TO_GET_CIFAR10}"
+                ) from None
+            print(f"CIFAR-10 is not in {root}/ and can't be fetched ({error}).")
+            print("Training on drawn shapes instead. These are not results.")
+            print(f"For CIFAR-10, {HOW_TO_GET_CIFAR10}.")
+            return draw_stand_in(device)
+    splits = []
+    for names in (CIFAR10.train_list, CIFAR10.test_list):
+        batches = [pickle.loads((folder / name).read_bytes(), encoding="latin1") for name, _ in names]
+        images = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        labels = torch.tensor([label for batch in batches for label in batch["labels"]])
+        splits += [torch.from_numpy(np.ascontiguousarray(images)).to(device), labels.to(device)]
+    return Data(*splits)
+
+
+def fetch_cifar10(root, seconds=8):
+    """Download CIFAR-10 into `root` with torchvision, which shows a bar and checks the MD5. OSError if it can't.
+
+    A server that does not answer within `seconds` counts as absent, also where a firewall drops packets in silence:
+    the question is asked in a thread because looking up a name can't be given a time limit.
+    """
+    answer = []
+
+    def ask():
+        try:
+            urllib.request.urlopen(urllib.request.Request(CIFAR10.url, method="HEAD"), timeout=seconds).close()
+            answer.append(None)
+        except Exception as error:  # whatever is wrong with the network, its reason is what the reader needs
+            answer.append(error)
+
+    if not (Path(root) / CIFAR10.filename).exists():
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(seconds)
+        if not answer:
+            raise OSError(f"no answer within {seconds} s")
+        if answer[0] is not None:
+            raise OSError(getattr(answer[0], "reason", answer[0]))
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        CIFAR10(root, download=True)
+    finally:
+        socket.setdefaulttimeout(patience)
+
+
+def draw_stand_in(device, seed=0):
+    """10,000 + 2,000 images of ten drawn shapes in `Data`'s form: hard enough to be learned but not perfectly."""
+    random = np.random.default_rng(seed)
+    n = 12_000
+    labels = np.arange(n) % 10
+    random.shuffle(labels)
+
+    def per_image(low, high, *size):
+        return random.uniform(low, high, (n, *(size or (1, 1)))).astype(np.float32)
+
+    y, x = np.mgrid[-1:1:32j, -1:1:32j].astype(np.float32)
+    turn, size = per_image(-0.35, 0.35), per_image(0.35, 0.8)
+    x, y = x - per_image(-0.3, 0.3), y - per_image(-0.3, 0.3)
+    x, y = (x * np.cos(turn) + y * np.sin(turn)) / size, (y * np.cos(turn) - x * np.sin(turn)) / size
+    radius, square = np.hypot(x, y), np.maximum(abs(x), abs(y))
+    shapes = (
+        radius < 1,
+        (radius < 1) & (radius > 0.6),
+        square < 0.85,
+        (square < 0.85) & (square > 0.5),
+        (y < 0.8) & (y > 2 * abs(x) - 0.9),
+        (square < 1) & (np.minimum(abs(x), abs(y)) < 0.3),
+        (square < 1) & (np.minimum(abs(x + y), abs(x - y)) < 0.4),
+        (square < 0.9) & (np.sin(8 * y) > 0),
+        (square < 0.9) & (np.sin(8 * x) > 0),
+        (radius < 1) & (y < 0),
+    )
+    inside = np.choose(labels[:, None, None], shapes)[..., None]
+    colours = [per_image(40, 215, 1, 1, 3) for _ in range(2)]
+    images = np.where(inside, *colours) + random.normal(0, 42, (n, 32, 32, 3)).astype(np.float32)
+    images = torch.from_numpy(images.clip(0, 255).astype(np.uint8)).to(device)
+    labels = torch.from_numpy(labels).long().to(device)
+    return Data(images[:10_000], labels[:10_000], images[10_000:], labels[10_000:], SHAPES, real=False)
+
+
+def validation_split(data, per_class=500):
+    """`data` with its test split replaced by `per_class` training images of each class, the same ones every time."""
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(data.labels), generator=generator)
+    labels = data.labels.cpu()[order]
+    held_out = torch.cat([order[labels == c][:per_class] for c in range(10)]).sort().values
+    kept = torch.ones(len(order), dtype=torch.bool)
+    kept[held_out] = False
+    kept, held_out = kept.to(data.images.device), held_out.to(data.images.device)
+    return replace(
+        data,
+        images=data.images[kept],
+        labels=data.labels[kept],
+        test_images=data.images[held_out],
+        test_labels=data.labels[held_out],
+        split="validation",
+    )
+
+
+def crop_and_flip(images, shift, flip):
+    """Move and mirror each image: (B, 32, 32, 3) to the same, any type.
+
+    shift  (B, 2) int64, rows and columns, -4 to 4: the crop of 32x32 pixels that starts there in an image that is
+           continued by reflection
+    flip   (B,) bool: mirror the crop left to right
+    """
+    line = torch.arange(32, device=images.device)
+    rows = line + shift[:, :1]
+    columns = torch.where(flip[:, None], 31 - line, line) + shift[:, 1:]
+    rows, columns = (31 - (31 - at.abs()).abs() for at in (rows, columns))  # reflected at both ends
+    image = torch.arange(len(images), device=images.device)
+    return images[image[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def standardise(images):
+    """uint8 images (B, 32, 32, 3) to float32 (B, 3, 32, 32), each colour with mean 0 and deviation 1 over CIFAR-10."""
+    mean, std = (255 * v.to(images.device) for v in (models.MEAN, models.STD))
+    return (images.permute(0, 3, 1, 2) - mean) / std
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def orthogonalise(matrices, steps=4):
+    """(K, m, n), m <= n or not, to matrices with the same singular vectors and singular values near 1, in bfloat16.
+
+    Four steps of the Newton-Schulz iteration of Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/ (its
+    coefficients). Rows and columns of zeros stay zero, so matrices of several shapes can share one padded stack.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices.bfloat16()
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for the convolutions, SGD with Nesterov momentum for the rest (scales, shifts and the classifier c11).
+
+    A convolution's step is its momentum with all singular values set to 1, times the learning rate; its weights
+    decay by learning rate * weight decay. The rest steps with 10 times that learning rate and does not decay.
+
+    Own code rather than timm.optim.Muon: that one needs the learning rate as a number of the host, which a CUDA graph
+    would freeze, and it orthogonalises one matrix after another.
+    """
+
+    def __init__(self, net, learning_rate, weight_decay, momentum):
+        """learning_rate is a tensor on the net's device: writing to it changes it, also inside a CUDA graph."""
+        weights = [module.weight for module in net.modules() if isinstance(module, nn.Conv2d)][:-1]
+        rest = [p for p in net.parameters() if all(p is not weight for weight in weights)]
+        super().__init__([{"params": weights}, {"params": rest}], {})
+        self.learning_rate, self.weight_decay, self.momentum = learning_rate, weight_decay, momentum
+        for parameter in weights + rest:
+            self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        rows, columns = max(len(w) for w in weights), max(w[0].numel() for w in weights)
+        self.stack = torch.zeros(len(weights), rows, columns, device=learning_rate.device)
+
+    def in_stack(self, stack):
+        """Views of (K, rows, columns), one for each convolution, in its shape."""
+        weights = self.param_groups[0]["params"]
+        return [m[: len(w), : w[0].numel()].unflatten(1, w.shape[1:]) for m, w in zip(stack, weights, strict=True)]
+
+    def nesterov(self, parameters):
+        momenta = [self.state[p]["momentum"] for p in parameters]
+        gradients = [p.grad for p in parameters]
+        torch._foreach_mul_(momenta, self.momentum)
+        torch._foreach_add_(momenta, gradients)
+        return torch._foreach_add(gradients, momenta, alpha=self.momentum)
+
+    @torch.no_grad()
+    def step(self):
+        weights, rest = (group["params"] for group in self.param_groups)
+        torch._foreach_copy_(self.in_stack(self.stack), self.nesterov(weights))
+        updates = orthogonalise(self.stack).float() * self.learning_rate
+        torch._foreach_mul_(weights, 1 - self.learning_rate * self.weight_decay)
+        torch._foreach_sub_(weights, self.in_stack(updates))
+        updates = self.nesterov(rest)
+        torch._foreach_mul_(updates, 10 * self.learning_rate)
+        torch._foreach_sub_(rest, updates)
+
+
+def pick_precision(device):
+    """torch.bfloat16 where `device` computes with it natively, else torch.float32."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        return torch.bfloat16  # torch.cuda.is_bf16_supported() also counts the slow emulation of older GPUs
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
+            return torch.bfloat16
+    return torch.float32
+
+
+def working_copy(net, dtype):
+    """`net` with its weights in `dtype`, to compute with; batch norm stays float32 and is shared with `net`."""
+    if dtype == torch.float32:
+        return net
+    copied = copy.deepcopy(net).to(dtype)
+    for name, module in net.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            copied.set_submodule(name, module)
+    return copied
+
+
+class Trainer:
+    """A net being trained: `step` is the whole step, from the indices of a batch to the new weights.
+
+    Everything that changes lives in tensors on the device, so nothing has to come back to the host within an epoch,
+    and on CUDA one step is recorded once as a graph and replayed. Weights are float32; a working copy in `dtype`
+    computes logits and gradients.
+    """
+
+    def __init__(self, net, data, settings):
+        device = data.images.device
+        self.net, self.data, self.settings = net, data, settings
+        self.steps = len(data.images) // settings.batch_size  # in an epoch
+        if self.steps == 0:
+            raise ValueError(f"batch_size is {settings.batch_size}; there are {len(data.images)} training images")
+        # Convolutions prefer channels last. On CUDA group norm would copy to channels first and back, so there
+        # nets with it stay with channels first.
+        first = device.type == "cuda" and any(isinstance(module, nn.GroupNorm) for module in net.modules())
+        net.to(device, memory_format=torch.contiguous_format if first else torch.channels_last).train()
+        self.model = working_copy(net, pick_precision(device))
+        self.copied = [(w, p) for w, p in zip(self.model.parameters(), net.parameters(), strict=True) if w is not p]
+        self.dtype = next(self.model.C1.parameters()).dtype
+        done = torch.arange(1, self.steps * settings.epochs + 1, device=device) / (self.steps * settings.epochs)
+        self.rates = settings.learning_rate * torch.minimum(done / WARMUP, (1 - done) / (1 - WARMUP))
+        self.optimizer = Muon(net, self.rates[0].clone(), settings.weight_decay, settings.momentum)
+        self.generator = torch.Generator(device).manual_seed(settings.seed)
+        self.order = torch.zeros(self.steps, settings.batch_size, dtype=torch.int64, device=device)
+        self.shift = torch.zeros(len(data.images), 2, dtype=torch.int64, device=device)
+        self.flip = torch.zeros(len(data.images), dtype=torch.bool, device=device)
+        self.now = torch.zeros(2, 1, dtype=torch.int64, device=device)  # step of the epoch, step of the run
+        self.sums = torch.zeros(2, device=device)  # over the epoch so far: loss, share of right answers
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.replay = self.capture() if self.stream else self.step
+
+    def batch(self):
+        """Standardised images (B, 3, 32, 32) and labels (B,) of the step that `now` tells."""
+        chosen = self.order.index_select(0, self.now[0])[0]
+        images = self.data.images.index_select(0, chosen)
+        if self.settings.augment != "none":
+            images = crop_and_flip(images, self.shift.index_select(0, chosen), self.flip.index_select(0, chosen))
+        return standardise(images).to(self.dtype), self.data.labels.index_select(0, chosen)
+
+    def step(self):
+        images, labels = self.batch()
+        self.optimizer.learning_rate.copy_(self.rates.index_select(0, self.now[1])[0])
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        logits = self.model(images).float()
+        loss = F.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING)
+        loss.backward()
+        for working, parameter in self.copied:
+            parameter.grad = working.grad.float()
+        self.optimizer.step()
+        with torch.no_grad():
+            torch._foreach_copy_([w for w, _ in self.copied], [p for _, p in self.copied])
+            self.sums[0] += loss
+            self.sums[1] += (logits.argmax(1) == labels).float().mean()
+            self.now += 1
+
+    def capture(self):
+        """Record `step` as a CUDA graph, leave all as it was before, and return the graph's replay."""
+        momenta = [state["momentum"] for state in self.optimizer.state.values()]
+        tensors = [*self.net.parameters(), *self.net.buffers(), *momenta, *(w for w, _ in self.copied)]
+        before = [tensor.detach().clone() for tensor in tensors]
+        graph = torch.cuda.CUDAGraph()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for _ in range(2):  # libraries set themselves up in their first calls, which can't be recorded
+                self.step()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=self.stream):
+            self.step()
+        with torch.no_grad():
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
+        self.now.zero_()
+        torch.cuda.synchronize()
+        return graph.replay
+
+    def epoch(self):
+        """Generator: one epoch, a step at each turn. On CUDA it runs ahead of the device, on this net's stream."""
+        with torch.cuda.stream(self.stream):
+            device, n = self.order.device, len(self.data.images)
+            order = torch.randperm(n, generator=self.generator, device=device)
+            self.order.copy_(order[: self.order.numel()].view_as(self.order))
+            if "flip" in self.settings.augment:
+                self.flip.copy_(torch.rand(n, generator=self.generator, device=device) < 0.5)
+            if "crop" in self.settings.augment:
+                self.shift.copy_(torch.randint(-4, 5, (n, 2), generator=self.generator, device=device))
+            self.now[0] = 0
+            self.sums.zero_()
+        for _ in range(self.steps):
+            with torch.cuda.stream(self.stream):
+                self.replay()
+            yield
+
+    def means(self):
+        """Loss and accuracy (percent) in training, over the epoch: waits for the device."""
+        if self.stream:
+            self.stream.synchronize()
+        loss, share = (self.sums / self.steps).tolist()
+        return loss, 100 * share
+
+
+def build(net, settings, **options):
+    """The net called `net` (NetA, NetB, NetC or Net, the control), its initial weights drawn from settings.seed."""
+    torch.manual_seed(settings.seed)
+    if net == "Net":
+        return models.Net("none", **options)
+    return getattr(models, net)(**options)
+
+
+def train(net, data, settings, label="", track=True):
+    """Train `net` in place on `data`, under one progress bar; it ends on the data's device.
+
+    Returns its history, a dict per epoch: epoch (from 1), loss (with label smoothing) and train_accuracy (both while
+    training), test_accuracy (nan unless `track`), learning_rate (of the last step), seconds (of training alone).
+    The same settings, machine and torch give the same weights, bit for bit.
+    """
+    torch.backends.cudnn.deterministic = True  # costs nothing measurable here
+    trainer = Trainer(net, data, settings)
+    history = []
+    form = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}{postfix}"
+    with tqdm(total=trainer.steps * settings.epochs, desc=label, file=sys.stdout, bar_format=form) as bar:
+        for epoch in range(1, settings.epochs + 1):
+            started = time.perf_counter()
+            for _ in trainer.epoch():
+                bar.update()
+            loss, accuracy = trainer.means()
+            seconds = time.perf_counter() - started
+            tested = test(net, data.test_images, data.test_labels).accuracy if track else math.nan
+            rate = trainer.rates[epoch * trainer.steps - 1].item()
+            history.append(
+                {
+                    "epoch": epoch,
+                    "loss": loss,
+                    "train_accuracy": accuracy,
+                    "test_accuracy": tested,
+                    "learning_rate": rate,
+                    "seconds": seconds,
+                }
+            )
+            bar.set_postfix_str(f"epoch {epoch}, loss {loss:.3f}, train {accuracy:.1f} %, {data.split} {tested:.1f} %")
+    return history
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scoring
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What `test` measures. predictions, confidences: (N,), on the CPU."""
+
+    loss: float
+    accuracy: float
+    predictions: torch.Tensor
+    confidences: torch.Tensor  # softmax probability of the prediction, 0 to 1
+
+
+@torch.no_grad()
+def test(net, images, labels):
+    """Score `net` on uint8 images (N, 32, 32, 3) with labels (N,), one view each, in float32 whatever it trained in."""
+    training = net.training
+    net.eval()
+    size = 100 if images.device.type == "cpu" else 2500  # images at once: on a CPU, what its cache holds
+    with torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
+        logits = torch.cat([net(standardise(part)) for part in images.split(size)])
+    net.train(training)
+    confidences, predictions = logits.softmax(1).max(1)
+    return Scores(
+        loss=F.cross_entropy(logits, labels).item(),
+        accuracy=100 * (predictions == labels).float().mean().item(),
+        predictions=predictions.cpu(),
+        confidences=confidences.cpu(),
+    )
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its net, history, scores on the test or validation split, and its row for results/runs.csv."""
+
+    net: nn.Module
+    history: list
+    scores: Scores
+    row: dict
+
+
+def run(name, data, settings, study="main", track=True):
+    """Build, train and score the net called `name`; see `build`, `train` and `test`."""
+    started = time.perf_counter()
+    net = build(name, settings)
+    label = f"{name} {net.norm} norm, seed {settings.seed}" + ("" if data.real else f" [{data.name}]")
+    history = train(net, data, settings, label, track)
+    seconds = time.perf_counter() - started
+    return finish(name, net, data, settings, history, study, seconds)
+
+
+def finish(name, net, data, settings, history, study, seconds):
+    """Score a trained net and make its `Run`."""
+    scores = test(net, data.test_images, data.test_labels)
+    row = {
+        "study": study,
+        "net": name,
+        "norm": net.norm,
+        "layer_variant": "C,H,W" if net.norm == "layer" else "",
+        "groups": {"layer": 1, "group": net.groups}.get(net.norm, ""),
+        "widths": " ".join(map(str, net.widths)),
+        "activation": "SiLU",
+        "optimizer": "muon",
+        "learning_rate": settings.learning_rate,
+        "weight_decay": settings.weight_decay,
+        "momentum": settings.momentum,
+        "batch_size": settings.batch_size,
+        "statistics_batch": settings.batch_size if net.norm == "batch" else "",
+        "augment": settings.augment,
+        "epochs": settings.epochs,
+        "train_images": len(data.images),
+        "seed": settings.seed,
+        "split": data.split,
+        "precision": str(pick_precision(data.images.device)).removeprefix("torch."),
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "train_accuracy": round(test(net, data.images, data.labels).accuracy, 3),
+        "test_accuracy": round(scores.accuracy, 3) if data.split == "test" else "",
+        "validation_accuracy": round(scores.accuracy, 3) if data.split == "validation" else "",
+        "test_loss": round(scores.loss, 5) if data.split == "test" else "",
+        "seconds": round(seconds, 2),
+        "device": device_name(data.images.device),
+        "torch": torch.__version__,
+        "commit": commit(),
+        "status": "done" if math.isfinite(scores.loss) else "diverged",
+    }
+    return Run(net, history, scores, row)
+
+
+# The columns of results/runs.csv that a run measures or notes; all others are its settings and tell rows apart.
+MEASURED = {"parameters", "train_accuracy", "test_accuracy", "validation_accuracy", "test_loss"} | {
+    "seconds",
+    "device",
+    "torch",
+    "commit",
+    "status",
+}
+
+
+def device_name(device):
+    """The name of the GPU, or "cpu" with its processor's name where it is known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} {torch.cpu.get_capabilities().get('cpu_name', '')}".strip()
+
+
+def commit():
+    """The code's commit: S8_COMMIT, or git's with + when files differ from it, or "unknown"."""
+    if "S8_COMMIT" in os.environ:
+        return os.environ["S8_COMMIT"]
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
+
+
+def save(path, write):
+    """Call write(temporary path), then move the file to `path`: whatever fails, an older `path` stays whole."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def add_rows(path, rows, key=None):
+    """Add dicts to the CSV file `path`; a row with the same `key` (all but MEASURED) replaces the older one."""
+    new = pd.DataFrame(rows).map(str)
+    if Path(path).exists():
+        new = pd.concat([pd.read_csv(path, dtype=str, keep_default_na=False), new])
+    new = new.drop_duplicates(key or [name for name in new if name not in MEASURED], keep="last")
+    save(path, lambda temporary: new.to_csv(temporary, index=False))
+
+
+def save_experiment(runs, data, plan):
+    """Write one net's runs under plan.out: rows, histories, the weights and the mistakes of the first seed."""
+    results, name = plan.folder("results"), runs[0].row["net"]
+    add_rows(results / "runs.csv", [one.row for one in runs])
+    epochs = [{"net": name, "seed": one.row["seed"]} | epoch for one in runs for epoch in one.history]
+    for epoch in epochs:
+        epoch |= {k: round(v, 5) for k, v in epoch.items() if isinstance(v, float)}
+    add_rows(results / "history.csv", epochs, key=["net", "seed", "epoch"])
+    write_mistakes(results / "mistakes.csv", name, runs[0].scores, data)
+    weights = {k: v.cpu().contiguous() for k, v in runs[0].net.state_dict().items()}
+    save(plan.folder("weights") / f"{name}.pt", lambda temporary: torch.save(weights, temporary))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Misclassified images
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def most_confident_mistakes(predictions, confidences, labels, count=10):
+    """Indices of at most `count` wrong predictions, the most confident first (the lower index first among equals).
+
+    predictions, labels: (N,) int64; confidences: (N,), 0 to 1; all on the CPU.
+    """
+    wrong = (predictions != labels).nonzero().flatten()
+    return wrong[confidences[wrong].argsort(descending=True, stable=True)][:count]
+
+
+def plot_mistakes(net, scores, data, path):
+    """Draw ten mistakes of `net` as 5 rows by 2 columns, or as many as there are, and save them as `path`."""
+    norm = next(norm for norm, name in NETS.items() if name == net)
+    labels = data.test_labels.cpu()
+    chosen = most_confident_mistakes(scores.predictions, scores.confidences, labels).tolist()
+    figure, axes = plt.subplots(5, 4, figsize=(8, 9.4), width_ratios=(1, 1.15, 1, 1.15), layout="constrained")
+    figure.suptitle(title(f"{net}, {norm} norm: the ten most confident mistakes of seed 0", data), fontsize=14)
+    for axis in axes.flat:
+        axis.axis("off")
+    for (picture, text), index in zip(axes.reshape(10, 2), chosen, strict=False):
+        picture.imshow(data.test_images[index].cpu().numpy(), interpolation="nearest")
+        truth, guess = data.classes[labels[index]], data.classes[scores.predictions[index]]
+        text.text(0, 0.78, guess, fontsize=14, weight="bold", color=COLOURS[norm])
+        text.text(0, 0.6, f"{100 * scores.confidences[index]:.0f} % confident", fontsize=11)
+        text.text(0, 0.34, f"is: {truth}", fontsize=12, weight="bold")
+        text.text(0, 0.16, f"test image {index}", fontsize=10, color="#555555")
+    save(path, lambda temporary: figure.savefig(temporary, dpi=130))
+    return figure
+
+
+def mistakes_of(net, scores, data):
+    """One row per wrong test image: net, index, true and predicted (class names), confidence (0 to 1)."""
+    labels = data.test_labels.cpu()
+    wrong = (scores.predictions != labels).nonzero().flatten()
+    return pd.DataFrame(
+        {
+            "net": net,
+            "index": wrong.numpy(),
+            "true": [data.classes[i] for i in labels[wrong]],
+            "predicted": [data.classes[i] for i in scores.predictions[wrong]],
+            "confidence": scores.confidences[wrong].numpy().round(4),
+        }
+    )
+
+
+def write_mistakes(path, net, scores, data):
+    """Put `net`'s mistakes into the CSV file `path`, in place of those it had there."""
+    frame = mistakes_of(net, scores, data)
+    if Path(path).exists():
+        others = pd.read_csv(path)
+        frame = pd.concat([others[others["net"] != net], frame])
+    save(path, lambda temporary: frame.to_csv(temporary, index=False))
+
+
+def describe_mistakes(net, mistakes, runs):
+    """Three sentences on one net's mistakes, as Markdown: its confused pairs, what it shares, where it could improve.
+
+    mistakes  rows of `mistakes_of` for one net or for all three; the second sentence needs all three
+    runs      rows of results/runs.csv; those of `net` back the third sentence
+    """
+    own = mistakes[mistakes["net"] == net]
+    pairs = own.apply(lambda row: " and ".join(sorted((row["true"], row["predicted"]))), axis=1).value_counts()
+    said = ", ".join(f"{pair} ({count})" for pair, count in pairs.head(3).items())
+    sentences = [f"{net} (seed 0) gets {len(own):,} test images wrong; the pairs it confuses most are {said}."]
+    if mistakes["net"].nunique() == 3:
+        nets = mistakes.groupby("index")["net"].nunique()
+        shared = 100 * (own["index"].map(nets) == 3).mean()
+        alone = 100 * (own["index"].map(nets) == 1).mean()
+        sentences.append(
+            f"All three nets get {shared:.0f} % of these images wrong, and {alone:.0f} % {net} alone does."
+        )
+    own_runs = runs[(runs["net"] == net) & (runs["split"] == "test")]
+    main, augmented = (own_runs[own_runs["study"] == study] for study in ("main", "augment"))
+    (first, most), (second, many) = own["true"].value_counts().head(2).items()
+    trained, tested = main["train_accuracy"].mean(), main["test_accuracy"].astype(float).mean()
+    text = f"Most of them are {first} ({most}) and {second} ({many}); it scores {trained:.1f} % on the training images"
+    text += f" against {tested:.1f} % on the test images"
+    if len(augmented) > 1:
+        varied = augmented["test_accuracy"].astype(float).mean()
+        text += f"; with flip and crop it reaches {varied:.1f} %, so more varied images are what it lacks"
+    return " ".join([*sentences, text + "."])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables and plots
+# ---------------------------------------------------------------------------------------------------------------------
+
+COLOURS = {"batch": "#0072B2", "layer": "#D55E00", "group": "#009E73", "none": "#7F7F7F"}  # Okabe & Ito 2008
+
+
+def title(text, data):
+    """`text`, with a second line that says so when `data` are not CIFAR-10."""
+    return text if data.real else f"{text}\n{data.name}"
+
+
+def summarise(rows):
+    """A line per net of rows of results/runs.csv: parameters, accuracies (percent), seeds and seconds per run."""
+    frame = pd.DataFrame(rows)
+    lines = []
+    for net, group in frame.groupby("net"):
+        tested = group["test_accuracy"].astype(float)
+        lines.append(
+            {
+                "net": net,
+                "norm": group["norm"].iloc[0],
+                "parameters": f"{group['parameters'].iloc[0]:,}",
+                "train accuracy": f"{group['train_accuracy'].mean():.2f}",
+                "test accuracy, mean": f"{tested.mean():.2f}",
+                "std": f"{tested.std():.2f}" if len(group) > 1 else "-",
+                "n": len(group),
+                "seconds a run": f"{group['seconds'].median():.1f}",
+            }
+        )
+    return pd.DataFrame(lines).set_index("net")
+
+
+def compare(rows, first, second):
+    """Mean difference in test accuracy, first minus second net, paired by seed, with its 95 % t interval, as text."""
+    frame = pd.DataFrame(rows).pivot(index="seed", columns="net", values="test_accuracy")
+    difference = frame[first].astype(float) - frame[second].astype(float)
+    if len(difference) < 2:
+        return f"{first} minus {second}: {difference.mean():+.2f} points (one seed: no interval)"
+    low, high = stats.ttest_rel(frame[first].astype(float), frame[second].astype(float)).confidence_interval()
+    interval = f"95 % interval {low:+.2f} to {high:+.2f}, n = {len(difference)}"
+    return f"{first} minus {second}: {difference.mean():+.2f} points, {interval}"
+
+
+def plot_samples(data):
+    """Four training images of each class, a column per class."""
+    figure, axes = plt.subplots(4, 10, figsize=(10, 4.4), layout="constrained")
+    figure.suptitle(title("Training images", data))
+    for label, column in enumerate(axes.T):
+        column[0].set_title(data.classes[label], fontsize=10)
+        for axis, index in zip(column, (data.labels == label).nonzero().flatten()[:4], strict=True):
+            axis.imshow(data.images[index].cpu().numpy())
+    for axis in axes.flat:
+        axis.axis("off")
+    return figure
+
+
+def plot_curves(runs, data):
+    """Loss and accuracy per epoch of {norm: list of Run}: a line per seed, test solid and training dotted."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    figure.suptitle(title("Training, epoch by epoch", data))
+    for norm, group in runs.items():
+        for number, one in enumerate(group):
+            history = pd.DataFrame(one.history)
+            style = {"color": COLOURS[norm], "alpha": 0.9 if len(group) == 1 else 0.5, "linewidth": 1.2}
+            name = f"{NETS[norm]}, {norm}"
+            left.plot(history["epoch"], history["loss"], label=None if number else name, **style)
+            right.plot(history["epoch"], history["test_accuracy"], label=None if number else f"{name}, test", **style)
+            right.plot(history["epoch"], history["train_accuracy"], linestyle=":", **style)
+    left.set(xlabel="epoch", ylabel=f"loss (label smoothing {LABEL_SMOOTHING})")
+    right.set(xlabel="epoch", ylabel="accuracy, % (dotted: training)")
+    for axis in (left, right):
+        axis.legend(frameon=False)
+        axis.grid(alpha=0.3)
+    return figure
+
+
+def plot_confusions(runs, data):
+    """The confusion matrix of the first seed of each net of {norm: list of Run}: mistakes counted, hits left out."""
+    figure, axes = plt.subplots(1, len(runs), figsize=(5.2 * len(runs), 5.2), layout="constrained", squeeze=False)
+    figure.suptitle(title("Mistakes by true and predicted class (test images, seed 0)", data))
+    for axis, (norm, group) in zip(axes[0], runs.items(), strict=True):
+        counts = confusion(group[0].scores.predictions, data.test_labels.cpu())
+        off = counts.fill_diagonal_(0).numpy()
+        axis.imshow(off, cmap="Greys", vmin=0, vmax=max(1, off.max()))
+        for row, column in np.ndindex(10, 10):
+            if row != column:
+                dark = off[row, column] > off.max() / 2
+                axis.text(
+                    column, row, off[row, column], ha="center", va="center", fontsize=8, color="w" if dark else "k"
+                )
+        axis.set_title(f"{NETS[norm]}, {norm}", color=COLOURS[norm])
+        axis.set_xticks(range(10), data.classes, rotation=60, ha="right")
+        axis.set_yticks(range(10), data.classes)
+        axis.set(xlabel="predicted", ylabel="true")
+    return figure
+
+
+def confusion(predictions, labels):
+    """(10, 10) counts: row the true class, column the predicted one."""
+    return torch.bincount(10 * labels + predictions, minlength=100).view(10, 10)
+
+
+def plot_classes(runs, data):
+    """Accuracy in each class, a group of bars per class, first seed of each net of {norm: list of Run}."""
+    figure, axis = plt.subplots(figsize=(10, 3.6), layout="constrained")
+    for number, (norm, group) in enumerate(runs.items()):
+        counts = confusion(group[0].scores.predictions, data.test_labels.cpu())
+        accuracy = 100 * counts.diagonal() / counts.sum(1)
+        axis.bar(
+            np.arange(10) + 0.27 * (number - 1), accuracy, 0.25, color=COLOURS[norm], label=f"{NETS[norm]}, {norm}"
+        )
+    axis.set_xticks(range(10), data.classes)
+    axis.set(ylabel="test accuracy, %", ylim=(0, 100), title=title("Accuracy by class (seed 0)", data))
+    axis.legend(frameon=False, loc="lower right", ncols=3)
+    axis.grid(axis="y", alpha=0.3)
+    return figure
+
+
+def overlap(mistakes):
+    """How many test images each set of nets gets wrong, as a Series: "NetA only" ... "NetA, NetB and NetC"."""
+    nets = mistakes.groupby("index")["net"].agg(lambda names: tuple(sorted(names)))
+    names = {
+        one: " and ".join([", ".join(one[:-1]), one[-1]]) if len(one) > 1 else f"{one[0]} only" for one in set(nets)
+    }
+    return nets.map(names).value_counts().rename("images")
+
+
+def plot_overlap(mistakes, data):
+    """Bars of `overlap`, the largest on top."""
+    counts = overlap(mistakes).sort_values()
+    figure, axis = plt.subplots(figsize=(8, 3), layout="constrained")
+    norms = {name: norm for norm, name in NETS.items()}
+    colours = [COLOURS[norms[name.split()[0]]] if name.endswith("only") else "#555555" for name in counts.index]
+    bars = axis.barh(counts.index, counts, color=colours)
+    axis.bar_label(bars, padding=3)
+    axis.set(xlabel="test images", title=title("Who gets them wrong (seed 0)", data))
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure
