@@ -9,11 +9,9 @@ Needs CIFAR-10. A run that is finished is in results/runs.csv at once, and skipp
 """
 
 import argparse
-import re
-from dataclasses import replace
+import time
 from pathlib import Path
 
-import pandas as pd
 import torch
 from tqdm import tqdm
 
@@ -49,14 +47,15 @@ STUDIES = {
 def missing(study, rows):
     """The (net, settings) of a study that `rows` (of results/runs.csv) do not hold."""
     names = ["net", *Settings.__dataclass_fields__]
-    done = set(rows.loc[rows["study"] == study, names].itertuples(index=False, name=None)) if len(rows) else set()
+    rows = rows[rows["study"] == study].reindex(columns=names)
+    done = set(rows.itertuples(index=False, name=None))
     return [(net, s) for net, s in STUDIES[study][1] if (net, *(getattr(s, name) for name in names[1:])) not in done]
 
 
 def run_study(study, data):
     """Run what is missing of a study, a few runs at a time, each written when it ends."""
     split, _ = STUDIES[study]
-    todo = missing(study, read(RUNS))
+    todo = missing(study, utils.read_rows(RUNS))
     if split == "validation":
         data = utils.validation_split(data)
     at_once = AT_ONCE if data.images.is_cuda else 1
@@ -70,7 +69,7 @@ def run_study(study, data):
 def run_together(study, jobs, data):
     """Train several nets at the same time on one device: a `Run` for each (net, settings) of `jobs`."""
     torch.backends.cudnn.deterministic = True
-    clock = utils.time.perf_counter()
+    clock = time.perf_counter()
     nets = [utils.build(name, settings) for name, settings in jobs]
     trainers = [utils.Trainer(net, data, settings) for net, (_, settings) in zip(nets, jobs, strict=True)]
     for epoch in range(max(settings.epochs for _, settings in jobs)):
@@ -80,16 +79,11 @@ def run_together(study, jobs, data):
                     pass
     for trainer in trainers:
         trainer.means()
-    seconds = (utils.time.perf_counter() - clock) / len(jobs)
+    seconds = (time.perf_counter() - clock) / len(jobs)
     return [
         utils.finish(name, net, data, settings, [], study, seconds)
         for net, (name, settings) in zip(nets, jobs, strict=True)
     ]
-
-
-def read(path):
-    """The rows of results/runs.csv, or none."""
-    return pd.read_csv(path) if Path(path).exists() else pd.DataFrame()
 
 
 def best_rates(rows):
@@ -110,13 +104,13 @@ def main():
     chosen = [options.only] if options.only else list(STUDIES)
     if options.dry_run:
         for study in chosen:
-            print(f"{study}: {len(missing(study, read(RUNS)))} of {len(STUDIES[study][1])} runs missing")
+            print(f"{study}: {len(missing(study, utils.read_rows(RUNS)))} of {len(STUDIES[study][1])} runs missing")
         return
     data = utils.load_data(utils.pick_device(), "cifar10")
     for study in chosen:
         run_study(study, data)
     if "tune" in chosen:
-        print("best learning rates on the validation split:", best_rates(read(RUNS)))
+        print("best learning rates on the validation split:", best_rates(utils.read_rows(RUNS)))
 
 
 if __name__ == "__main__":

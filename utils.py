@@ -287,7 +287,7 @@ def draw_stand_in(device, seed=0):
     )
     inside = np.choose(labels[:, None, None], shapes)[..., None]
     colours = [per_image(40, 215, 1, 1, 3) for _ in range(2)]
-    images = np.where(inside, *colours) + random.normal(0, 42, (n, 32, 32, 3)).astype(np.float32)
+    images = np.where(inside, *colours) + random.normal(0, 55, (n, 32, 32, 3)).astype(np.float32)
     images = torch.from_numpy(images.clip(0, 255).astype(np.uint8)).to(device)
     labels = torch.from_numpy(labels).long().to(device)
     return Data(images[:10_000], labels[:10_000], images[10_000:], labels[10_000:], SHAPES, real=False)
@@ -622,7 +622,7 @@ def finish(name, net, data, settings, history, study, seconds):
     """Score a trained net and make its `Run`."""
     scores = test(net, data.test_images, data.test_labels)
     row = {
-        "study": study,
+        "study": study if data.real else "stand-in",
         "net": name,
         "norm": net.norm,
         "layer_variant": "C,H,W" if net.norm == "layer" else "",
@@ -703,6 +703,11 @@ def add_rows(path, rows, key=None):
         new = pd.concat([pd.read_csv(path, dtype=str, keep_default_na=False), new])
     new = new.drop_duplicates(key or [name for name in new if name not in MEASURED], keep="last")
     save(path, lambda temporary: new.to_csv(temporary, index=False))
+
+
+def read_rows(path="results/runs.csv"):
+    """The rows of a results file as a DataFrame; without any when it is not there."""
+    return pd.read_csv(path) if Path(path).exists() else pd.DataFrame(columns=["study", "net", "split"])
 
 
 def save_experiment(runs, data, plan):
@@ -794,7 +799,8 @@ def describe_mistakes(net, mistakes, runs):
             f"All three nets get {shared:.0f} % of these images wrong, and {alone:.0f} % {net} alone does."
         )
     own_runs = runs[(runs["net"] == net) & (runs["split"] == "test")]
-    main, augmented = (own_runs[own_runs["study"] == study] for study in ("main", "augment"))
+    augmented = own_runs[own_runs["study"] == "augment"]
+    main = own_runs[own_runs["study"].isin(("main", "stand-in"))]
     (first, most), (second, many) = own["true"].value_counts().head(2).items()
     trained, tested = main["train_accuracy"].mean(), main["test_accuracy"].astype(float).mean()
     text = f"Most of them are {first} ({most}) and {second} ({many}); it scores {trained:.1f} % on the training images"
@@ -815,6 +821,21 @@ COLOURS = {"batch": "#0072B2", "layer": "#D55E00", "group": "#009E73", "none": "
 def title(text, data):
     """`text`, with a second line that says so when `data` are not CIFAR-10."""
     return text if data.real else f"{text}\n{data.name}"
+
+
+def layer_table(net):
+    """A line per layer of the chain for one 32x32 image: what it is, its output's shape and its parameters."""
+    lines, x = [], torch.zeros(1, 3, 32, 32)
+    for name, layer in copy.deepcopy(net).cpu().eval().named_children():
+        x = layer(x)
+        kind = "3x3 conv, norm, SiLU" if isinstance(layer, nn.Sequential) else type(layer).__name__
+        if isinstance(layer, nn.Conv2d):
+            kind = "1x1 conv"
+        shape = "x".join(str(n) for n in x.shape[1:])
+        lines.append(
+            {"layer": name, "is": kind, "output": shape, "parameters": sum(p.numel() for p in layer.parameters())}
+        )
+    return pd.DataFrame(lines).set_index("layer")
 
 
 def summarise(rows):
