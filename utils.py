@@ -36,7 +36,7 @@ import models
 # ---------------------------------------------------------------------------------------------------------------------
 
 NETS = {"batch": "NetA", "layer": "NetB", "group": "NetC", "none": "Net"}
-LEARNING_RATES = {"NetA": 0.03, "NetB": 0.03, "NetC": 0.03, "Net": 0.03}  # best on the validation split: study.py, tune
+LEARNING_RATES = {"NetA": 0.03, "NetB": 0.03, "NetC": 0.03}  # best on the validation split: study.py, tune
 AUGMENTS = ("none", "flip", "flip+crop")
 WARMUP = 0.2  # share of the steps in which the learning rate climbs; it falls to 0 over the others
 LABEL_SMOOTHING = 0.1
@@ -749,10 +749,12 @@ def plot_mistakes(net, scores, data, path):
     for (picture, text), index in zip(axes.reshape(10, 2), chosen, strict=False):
         picture.imshow(data.test_images[index].cpu().numpy(), interpolation="nearest")
         truth, guess = data.classes[labels[index]], data.classes[scores.predictions[index]]
-        text.text(0, 0.78, guess, fontsize=14, weight="bold", color=COLOURS[norm])
-        text.text(0, 0.6, f"{100 * scores.confidences[index]:.0f} % confident", fontsize=11)
-        text.text(0, 0.34, f"is: {truth}", fontsize=12, weight="bold")
-        text.text(0, 0.16, f"test image {index}", fontsize=10, color="#555555")
+        text.text(0, 0.80, "predicted", fontsize=10, color="#555555")
+        text.text(0, 0.66, guess, fontsize=14, weight="bold", color=COLOURS[norm])
+        text.text(0, 0.53, f"{100 * scores.confidences[index]:.0f} % confident", fontsize=10, color="#555555")
+        text.text(0, 0.33, "true", fontsize=10, color="#555555")
+        text.text(0, 0.19, truth, fontsize=14, weight="bold")
+        text.text(0, 0.04, f"test image {index}", fontsize=10, color="#555555")
     save(path, lambda temporary: figure.savefig(temporary, dpi=130))
     return figure
 
