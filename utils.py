@@ -115,16 +115,17 @@ def read_environment(device):
             raise ValueError(f"{name} is {text!r}; choose one of {', '.join(options)}")
         return text
 
-    short = device.type == "cpu"
+    publish = choice("S8_PUBLISH", ("0", "1")) == "1"
+    short = device.type == "cpu" and not publish
     epochs = whole_number("S8_EPOCHS", 5 if short else Settings.epochs)
     if epochs > Settings.epochs:
         raise ValueError(f"S8_EPOCHS is {epochs}; the task allows at most {Settings.epochs}")
     plan = Plan(
-        seeds=tuple(range(whole_number("S8_SEEDS", 1 if short else 3))),
+        seeds=tuple(range(whole_number("S8_SEEDS", 10 if publish else 1 if short else 3))),
         epochs=epochs,
         data=choice("S8_DATA", ("auto", "cifar10", "synthetic")),
-        publish=choice("S8_PUBLISH", ("0", "1")) == "1",
-        out=Path(".") if os.environ.get("S8_PUBLISH") == "1" else Path(os.environ.get("S8_OUT", "out")),
+        publish=publish,
+        out=Path(".") if publish else Path(os.environ.get("S8_OUT", "out")),
     )
     if plan.publish and (plan.data == "synthetic" or epochs < Settings.epochs or len(plan.seeds) < 10):
         raise ValueError(
@@ -695,6 +696,7 @@ def commit():
 def save(path, write):
     """Call write(temporary path), then move the file to `path`: whatever fails, an older `path` stays whole."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         write(temporary)
