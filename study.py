@@ -11,9 +11,12 @@ Needs CIFAR-10. A run that is finished is in results/runs.csv at once, and skipp
 
 import argparse
 import os
+import re
 import time
 from pathlib import Path
 
+import nbformat
+import pandas as pd
 import torch
 from tqdm import tqdm
 
@@ -93,6 +96,93 @@ def best_rates(rows):
     """The learning rate of each net with the highest mean accuracy on the validation split, from the tune rows."""
     means = rows[rows["study"] == "tune"].groupby(["net", "learning_rate"])["validation_accuracy"].mean()
     return {net: means[net].idxmax() for net in NETS}
+
+
+def results_table(rows):
+    """Markdown: the published result of each net, or what there is until it is published."""
+    main = rows[(rows["study"] == "main") & (rows["split"] == "test")]
+    if len(main):
+        differences = [utils.compare(main, "NetA", net) for net in NETS[1:]]
+        table, said = utils.summarise(main.to_dict("records")), ". ".join(differences)
+        return f"{markdown(table)}\n\nTest accuracy of the last epoch, percent, one view, {conditions(main)}. {said}."
+    tune = rows[rows["study"] == "tune"]
+    return (
+        "The ten-seed run on the test set is not published yet. Until then: accuracy (percent) on 5,000 training "
+        f"images held out from training, by learning rate, mean of {tune['seed'].nunique()} seeds, last epoch, "
+        f"{conditions(tune)}:\n\n{markdown(rate_table(rows))}"
+    )
+
+
+def rate_table(rows):
+    """Mean validation accuracy of each net (rows) at each learning rate (columns)."""
+    tune = rows[rows["study"] == "tune"]
+    return tune.pivot_table(index="net", columns="learning_rate", values="validation_accuracy").map("{:.2f}".format)
+
+
+def augment_table(rows):
+    """Markdown: the published result of each net with flip and crop."""
+    augment = rows[(rows["study"] == "augment") & (rows["split"] == "test")]
+    if len(augment) == 0:
+        return "Not published yet."
+    return markdown(utils.summarise(augment.to_dict("records"))) + f"\n\n{conditions(augment)}."
+
+
+def conditions(rows):
+    """What the runs of `rows` share, as text."""
+    return ", ".join(
+        [
+            " and ".join(f"{n} epochs" for n in sorted(rows["epochs"].unique())),
+            "augmentation: " + " and ".join(sorted(rows["augment"].unique())),
+            " and ".join(sorted(rows["device"].unique())),
+            " and ".join(sorted(rows["precision"].unique())),
+        ]
+    )
+
+
+def markdown(frame):
+    """A DataFrame as a Markdown table."""
+    names = [frame.index.name, *map(str, frame.columns)]
+    lines = [
+        names,
+        ["---"] * len(names),
+        *([index, *map(str, values)] for index, *values in frame.itertuples(name=None)),
+    ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def mistakes_text(net, rows):
+    """Markdown: the three sentences on a net's mistakes and its grid, once they are published."""
+    path, norm = RUNS.with_name("mistakes.csv"), next(norm for norm, name in utils.NETS.items() if name == net)
+    if not path.exists():
+        return "Not published yet."
+    picture = f"![Ten images that {net} gets wrong, with true and predicted class](img/{norm}.png)"
+    return f"{utils.describe_mistakes(net, pd.read_csv(path), rows)}\n\n{picture}"
+
+
+def fill(text, blocks):
+    """`text` with what stands between <!-- name --> and <!-- end --> replaced by blocks[name]."""
+
+    def block(match):
+        return f"<!-- {match[1]} -->\n{blocks[match[1]]}\n<!-- end -->"
+
+    return re.sub(r"<!-- ([\w-]+) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
+
+
+def report():
+    """Rewrite the generated parts of README.md and of the notebook's first cell from results/."""
+    rows = utils.read_rows(RUNS)
+    blocks = {
+        "results": results_table(rows),
+        "tune": markdown(rate_table(rows)),
+        "augment": augment_table(rows),
+        **{net: mistakes_text(net, rows) for net in NETS},
+    }
+    readme, notebook = Path("README.md"), Path("s8.ipynb")
+    text = fill(readme.read_text(encoding="utf-8"), blocks)
+    utils.save(readme, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    cells = nbformat.read(notebook, as_version=4)
+    cells.cells[0].source = fill(cells.cells[0].source, blocks)
+    utils.save(notebook, lambda temporary: nbformat.write(cells, temporary))
 
 
 def main():

@@ -1,0 +1,53 @@
+"""The notebook from top to bottom: on the stand-in, and for two epochs on CIFAR-10."""
+
+import os
+import subprocess
+import sys
+
+import nbformat
+import pandas as pd
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+
+def execute(tmp_path, **settings):
+    """Execute s8.ipynb as README.md says, with the environment `settings`; its cells and its rows."""
+    command = [sys.executable, "-m", "jupyter", "nbconvert", "s8.ipynb", "--to", "notebook", "--execute"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("S8_")} | settings
+    environment |= {"S8_OUT": str(tmp_path), "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    done = subprocess.run(
+        [*command, "--output-dir", tmp_path], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    cells = nbformat.read(tmp_path / "s8.ipynb", as_version=4).cells
+    for norm in ("batch", "layer", "group"):
+        with Image.open(tmp_path / "img" / f"{norm}.png") as image:
+            assert min(image.size) > 900
+    for net in ("NetA", "NetB", "NetC"):
+        assert (tmp_path / "weights" / f"{net}.pt").stat().st_size < 400_000
+    return cells, pd.read_csv(tmp_path / "results" / "runs.csv")
+
+
+def git_status():
+    return subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True).stdout
+
+
+def test_stand_in(tmp_path):
+    before = git_status()
+    cells, rows = execute(tmp_path, S8_DATA="synthetic")
+    assert rows["study"].unique().tolist() == ["stand-in"]
+    assert rows["test_accuracy"].between(60, 97).all(), rows[["net", "test_accuracy"]]
+    mistakes = pd.read_csv(tmp_path / "results" / "mistakes.csv")
+    assert (mistakes.groupby("net").size() >= 10).all()
+    assert git_status() == before, "a user's run changed the checkout"
+    outputs = [output for cell in cells if cell.cell_type == "code" for output in cell.outputs]
+    assert not [output for output in outputs if output.get("name") == "stderr"]
+    assert any("not results" in output.get("text", "") for output in outputs)
+
+
+@pytest.mark.usefixtures("real")
+def test_two_epochs_of_cifar10(tmp_path):
+    _, rows = execute(tmp_path, S8_DATA="cifar10", S8_EPOCHS="2")
+    assert rows["net"].tolist() == ["NetA", "NetB", "NetC"]
+    assert (rows["test_accuracy"] >= 55).all(), rows[["net", "test_accuracy"]]

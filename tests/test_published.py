@@ -1,0 +1,94 @@
+"""What is committed agrees with itself: README, notebook, rows, weights."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import models
+import study
+import utils
+
+ROWS = utils.read_rows(ROOT / "results" / "runs.csv")
+MAIN = ROWS[ROWS["study"] == "main"]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+NOTEBOOK = json.loads((ROOT / "s8.ipynb").read_text(encoding="utf-8"))
+published = pytest.mark.skipif(len(MAIN) == 0, reason="results/runs.csv holds no main runs yet")
+
+
+def test_report_changes_nothing(tmp_path):
+    for name in ("README.md", "s8.ipynb", "models.py", "utils.py", "study.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "results", tmp_path / "results")
+    subprocess.run([sys.executable, "study.py", "--report"], cwd=tmp_path, check=True)
+    for name in ("README.md", "s8.ipynb"):
+        assert (tmp_path / name).read_text(encoding="utf-8") == (ROOT / name).read_text(encoding="utf-8"), (
+            f"{name} is not what results/ say: run python study.py --report"
+        )
+
+
+def test_notebook_is_saved_as_executed():
+    cells = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 10
+    assert not [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"]
+    text = json.dumps(NOTEBOOK)
+    assert "application/vnd.jupyter.widget" not in text
+    assert "\\r" not in "".join("".join(output.get("text", "")) for output in outputs)
+    assert not re.search(r"/(home|root|tmp|Users)/\w", text)
+
+
+def test_learning_rates_are_the_best_of_equal_trials():
+    tune = ROWS[ROWS["study"] == "tune"]
+    assert set(tune["split"]) == {"validation"}
+    assert tune["test_accuracy"].isna().all()
+    assert tune.groupby("net").size().nunique() == 1
+    assert study.best_rates(ROWS) == utils.LEARNING_RATES
+    assert study.missing("tune", ROWS) == []
+
+
+@published
+def test_published_runs():
+    assert sorted(MAIN["net"].unique()) == ["NetA", "NetB", "NetC"]
+    for net, rows in MAIN.groupby("net"):
+        assert sorted(rows["seed"]) == list(range(10))
+        assert (rows["epochs"] <= 20).all()
+        assert set(rows["learning_rate"]) == {utils.LEARNING_RATES[net]}
+        assert set(rows["commit"].str.contains("+", regex=False)) == {False}
+    assert set(MAIN["augment"]) == {"none"}
+    assert set(MAIN["parameters"]) == {48_042}
+
+
+@published
+@pytest.mark.parametrize("net", study.NETS)
+def test_weights_score_what_is_published(net, real):
+    made = getattr(models, net)()
+    made.load_state_dict(torch.load(ROOT / "weights" / f"{net}.pt", weights_only=True))
+    row = MAIN[(MAIN["net"] == net) & (MAIN["seed"] == 0)].iloc[0]
+    assert abs(utils.test(made, real.test_images, real.test_labels).accuracy - row["test_accuracy"]) <= 0.05
+
+
+@published
+@pytest.mark.parametrize("net", study.NETS)
+def test_readme_shows_the_rows(net):
+    rows = MAIN[MAIN["net"] == net]["test_accuracy"]
+    assert f"| {rows.sum() / len(rows):.2f} |" in README
+    variance = sum((value - rows.sum() / len(rows)) ** 2 for value in rows) / (len(rows) - 1)
+    assert f"| {variance**0.5:.2f} |" in README
+
+
+def test_readme_holds_the_command_that_ci_runs():
+    assert "python -m pytest" in README
+    assert "README.md" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_requirements_are_pinned():
+    for name in ("requirements.txt", "requirements-dev.txt"):
+        for line in (ROOT / name).read_text().splitlines():
+            assert line.startswith("-r ") or re.fullmatch(r"[\w-]+==[\w.]+", line), line

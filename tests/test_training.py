@@ -1,0 +1,279 @@
+import copy
+import math
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import utils
+from utils import Settings
+
+SHORT = Settings(epochs=2, batch_size=100)
+
+
+def trained(small, net="NetC", settings=SHORT):
+    made = utils.build(net, settings)
+    history = utils.train(made, small, settings)
+    return made.state_dict(), history
+
+
+@pytest.mark.parametrize("net", ["NetA", "NetC"])
+def test_same_seed_same_weights(small, net):
+    (first, history), (second, _) = trained(small, net), trained(small, net)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    other, _ = trained(small, net, replace(SHORT, seed=1))
+    assert not torch.equal(first["C2.conv.weight"], other["C2.conv.weight"])
+    assert [epoch["epoch"] for epoch in history] == [1, 2]
+    assert set(history[0]) == {"epoch", "loss", "train_accuracy", "test_accuracy", "learning_rate", "seconds"}
+
+
+def test_history_ends_with_the_trained_net(small):
+    settings = replace(SHORT, epochs=3)
+    net = utils.build("NetB", settings)
+    history = utils.train(net, small, settings)
+    assert history[-1]["test_accuracy"] == utils.test(net, small.test_images, small.test_labels).accuracy
+    assert history[-1]["loss"] < history[0]["loss"]
+
+
+def test_nets_share_initial_weights_and_order(small):
+    nets = [utils.build(name, SHORT) for name in ("NetA", "NetB", "NetC", "Net")]
+    trainers = [utils.Trainer(net, small, SHORT) for net in nets]
+    for trainer in trainers:
+        next(trainer.epoch())
+    for trainer in trainers[1:]:
+        assert torch.equal(trainer.order, trainers[0].order)
+    fresh = [utils.build(name, SHORT) for name in ("NetA", "NetB", "NetC", "Net")]
+    for net in fresh[1:]:
+        assert torch.equal(net.C9.conv.weight, fresh[0].C9.conv.weight)
+        assert torch.equal(net.c11.bias, fresh[0].c11.bias)
+
+
+def test_every_image_once_an_epoch(small):
+    trainer = utils.Trainer(utils.build("NetA", SHORT), small, SHORT)
+    orders = []
+    for _ in range(2):
+        next(trainer.epoch())
+        orders.append(trainer.order.flatten().clone())
+    assert orders[0].sort().values.tolist() == list(range(600))
+    assert not torch.equal(*orders)
+
+
+def test_learning_rate_climbs_and_falls(small):
+    settings = replace(SHORT, epochs=10, learning_rate=0.5)
+    trainer = utils.Trainer(utils.build("NetA", settings), small, settings)
+    rates = trainer.rates.tolist()
+    assert len(rates) == 60
+    assert max(rates) == pytest.approx(0.5)
+    assert rates.index(max(rates)) == 11  # after 20 % of the steps
+    assert rates[-1] == pytest.approx(0, abs=1e-6)
+    seen = []
+    for _ in trainer.epoch():
+        seen.append(trainer.optimizer.learning_rate.item())
+    assert seen == pytest.approx(rates[:6])
+
+
+@pytest.mark.parametrize("net", ["NetA", "NetB", "NetC", "Net"])
+def test_one_batch_is_learned_by_heart(small, net):
+    one = replace(small, images=small.images[:50], labels=small.labels[:50])
+    settings = Settings(epochs=60, batch_size=50, weight_decay=0.0)
+    made = utils.build(net, settings)
+    utils.train(made, one, settings, track=False)
+    assert utils.test(made, one.images, one.labels).accuracy == 100
+
+
+def test_random_labels_stay_at_chance(stand_in):
+    generator = torch.Generator().manual_seed(0)
+    data = replace(
+        stand_in,
+        images=stand_in.images[:3000],
+        labels=torch.randint(0, 10, (3000,), generator=generator),
+        test_labels=torch.randint(0, 10, (2000,), generator=generator),
+    )
+    net = utils.build("NetC", SHORT)
+    utils.train(net, data, SHORT, track=False)
+    accuracy = utils.test(net, data.test_images, data.test_labels).accuracy
+    assert abs(accuracy - 10) < 3 * 100 * math.sqrt(0.1 * 0.9 / 2000)
+
+
+def test_orthogonalise():
+    generator = torch.Generator().manual_seed(0)
+    matrices = torch.randn(3, 24, 216, generator=generator)
+    result = utils.orthogonalise(matrices).float()
+    values = torch.linalg.svdvals(result)
+    assert 0.6 < values.min() < values.max() < 1.3
+    left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+    cosine = nn.functional.cosine_similarity(result.flatten(1), (left @ right).flatten(1))
+    assert cosine.min() > 0.97
+
+
+def test_padding_does_not_change_the_result():
+    small = torch.randn(1, 24, 24, generator=torch.Generator().manual_seed(0))
+    padded = torch.zeros(1, 32, 288)
+    padded[:, :24, :24] = small
+    result = utils.orthogonalise(padded).float()
+    assert (result[:, :24, :24] - utils.orthogonalise(small).float()).abs().max() < 0.03
+    assert result[:, 24:].abs().max() == 0
+    assert result[:, :, 24:].abs().max() == 0
+
+
+def test_two_steps_of_muon_against_plain_arithmetic():
+    torch.manual_seed(0)
+    net, rate = utils.models.NetB(), torch.tensor(0.1)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    optimizer = utils.Muon(net, rate, weight_decay=0.5, momentum=0.9)
+    gradients = [{name: torch.randn_like(p) for name, p in net.named_parameters()} for _ in range(2)]
+    for step in gradients:
+        for name, parameter in net.named_parameters():
+            parameter.grad = step[name].clone()
+        optimizer.step()
+    for name, parameter in net.named_parameters():
+        momentum, expected = torch.zeros_like(parameter), before[name]
+        for step in gradients:
+            momentum = 0.9 * momentum + step[name]
+            update = step[name] + 0.9 * momentum
+            if name.startswith(("C", "c")) and parameter.ndim == 4 and not name.startswith("c11"):
+                flat = utils.orthogonalise(update.flatten(1)[None])[0].float().view_as(update)
+                expected = expected * (1 - 0.1 * 0.5) - 0.1 * flat
+            else:
+                expected = expected - 10 * 0.1 * update
+        assert (parameter - expected).abs().max() < 3e-3, name
+
+
+def test_bfloat16_computes_and_float32_remembers(small, monkeypatch):
+    monkeypatch.setattr(utils, "pick_precision", lambda device: torch.bfloat16)
+    net = utils.build("NetA", SHORT)
+    trainer = utils.Trainer(net, small, SHORT)
+    assert trainer.model.C2.conv.weight.dtype == torch.bfloat16
+    assert trainer.model.C2.norm is net.C2.norm  # batch norm stays in float32, with its running averages
+    for _ in trainer.epoch():
+        pass
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+    for working, parameter in trainer.copied:
+        assert torch.equal(working, parameter.bfloat16())
+    assert net.C2.norm.num_batches_tracked == trainer.steps
+
+
+def test_bfloat16_and_float32_agree(small, monkeypatch):
+    """Two epochs in both precisions end at about the same loss: rounding is noise, not a different training."""
+    losses = []
+    for dtype in (torch.bfloat16, torch.float32):
+        monkeypatch.setattr(utils, "pick_precision", lambda device, dtype=dtype: dtype)
+        losses.append(trained(small, "NetB")[1][-1]["loss"])
+    assert abs(losses[0] - losses[1]) < 0.05
+
+
+def test_batch_larger_than_the_data(small):
+    with pytest.raises(ValueError, match="batch_size is 601; there are 600 training images"):
+        utils.Trainer(utils.build("NetA", SHORT), small, replace(SHORT, batch_size=601))
+
+
+def test_training_leaves_the_data_alone(small):
+    before = copy.deepcopy(small)
+    trained(small, settings=replace(SHORT, augment="flip+crop"))
+    assert torch.equal(before.images, small.images)
+    assert torch.equal(before.labels, small.labels)
+
+
+def test_progress(small, capfd):
+    trained(small)
+    captured = capfd.readouterr()
+    last = captured.out.split("\r")[-1]
+    assert "100%" in last
+    assert "epoch 2, loss" in last
+    assert captured.err == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"learning_rate": 0}, "learning_rate is 0; give a number above 0"),
+        ({"learning_rate": -0.1}, "learning_rate is -0.1; give"),
+        ({"learning_rate": math.nan}, "learning_rate is nan; give"),
+        ({"learning_rate": "fast"}, "learning_rate is 'fast'; give"),
+        ({"weight_decay": -1}, "weight_decay is -1; give"),
+        ({"momentum": 1.5}, "momentum is 1.5; give"),
+        ({"epochs": 0}, "epochs is 0; give a whole number of 1 or more"),
+        ({"epochs": 2.5}, "epochs is 2.5; give"),
+        ({"batch_size": 0}, "batch_size is 0; give"),
+        ({"batch_size": True}, "batch_size is True; give"),
+        ({"seed": -1}, "seed is -1; give a whole number of 0 or more"),
+        ({"augment": "cutout"}, "augment is 'cutout'; choose one of none, flip, flip+crop"),
+    ],
+)
+def test_wrong_settings(change, said):
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
+        Settings(**change)
+    assert said in str(error.value)
+
+
+@pytest.fixture
+def environment(monkeypatch, tmp_path):
+    for name in list(os.environ):
+        if name.startswith("S8_"):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    return lambda **settings: [monkeypatch.setenv(f"S8_{name}", value) for name, value in settings.items()]
+
+
+def test_defaults(environment, cpu):
+    plan = utils.read_environment(cpu)
+    assert (plan.seeds, plan.epochs, plan.data, plan.publish, str(plan.out)) == ((0,), 5, "auto", False, "out")
+    plan = utils.read_environment(torch.device("cuda"))
+    assert (plan.seeds, plan.epochs) == ((0, 1, 2), 20)
+
+
+def test_environment(environment, cpu, tmp_path):
+    environment(SEEDS="2", EPOCHS="7", DATA="cifar10", OUT=str(tmp_path / "a b"))
+    plan = utils.read_environment(cpu)
+    assert (plan.seeds, plan.epochs, plan.data, plan.out) == ((0, 1), 7, "cifar10", tmp_path / "a b")
+    assert not (tmp_path / "out").exists()
+
+
+def test_publishing(environment, cpu):
+    environment(PUBLISH="1")
+    plan = utils.read_environment(cpu)
+    assert (plan.seeds, plan.epochs, plan.data, str(plan.out)) == (tuple(range(10)), 20, "cifar10", ".")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"SEEDS": "0"}, "S8_SEEDS is '0'; give a whole number of 1 or more"),
+        ({"SEEDS": "three"}, "S8_SEEDS is 'three'; give"),
+        ({"EPOCHS": "-1"}, "S8_EPOCHS is '-1'; give"),
+        ({"EPOCHS": "21"}, "S8_EPOCHS is 21; the task allows at most 20"),
+        ({"DATA": "imagenet"}, "S8_DATA is 'imagenet'; choose one of auto, cifar10, synthetic"),
+        ({"PUBLISH": "yes"}, "S8_PUBLISH is 'yes'; choose one of 0, 1"),
+        ({"PUBLISH": "1", "SEEDS": "9"}, "9 seeds; only CIFAR-10 with 20 epochs and 10 seeds"),
+        ({"PUBLISH": "1", "EPOCHS": "19"}, "19 epochs and 10 seeds; only CIFAR-10"),
+        ({"PUBLISH": "1", "DATA": "synthetic"}, "S8_DATA=synthetic"),
+        ({"OUT": "/dev/null/out"}, "S8_OUT is '/dev/null/out', which can't be written"),
+    ],
+)
+def test_wrong_environment(environment, cpu, tmp_path, settings, said):
+    environment(**settings)
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
+        utils.read_environment(cpu)
+    assert said in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_device(monkeypatch):
+    with pytest.raises(ValueError, match="device is 'gpu'; choose one of cuda, mps, cpu"):
+        utils.pick_device("gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert utils.pick_device().type == "cpu"
+
+
+def test_precision(monkeypatch):
+    cuda = torch.device("cuda")
+    for capability, dtype in (((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert utils.pick_precision(cuda) == dtype
+    for feature, dtype in (("avx512_bf16", torch.bfloat16), ("amx_bf16", torch.bfloat16), ("avx2", torch.float32)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda feature=feature: {feature: True})
+        assert utils.pick_precision(torch.device("cpu")) == dtype
+    assert utils.pick_precision(torch.device("mps")) == torch.float32
