@@ -481,7 +481,8 @@ class Trainer:
             parameter.grad = working.grad.float()
         self.optimizer.step()
         with torch.no_grad():
-            torch._foreach_copy_([w for w, _ in self.copied], [p for _, p in self.copied])
+            if self.copied:
+                torch._foreach_copy_(*map(list, zip(*self.copied, strict=True)))
             self.sums[0] += loss
             self.sums[1] += (logits.argmax(1) == labels).float().mean()
             self.now += 1
@@ -569,7 +570,8 @@ def train(net, data, settings, label="", track=True):
                     "seconds": seconds,
                 }
             )
-            bar.set_postfix_str(f"epoch {epoch}, loss {loss:.3f}, train {accuracy:.1f} %, {data.split} {tested:.1f} %")
+            said = f"epoch {epoch}, loss {loss:.3f}, train {accuracy:.1f} %"
+            bar.set_postfix_str(said + (f", {data.split} {tested:.1f} %" if track else ""))
     return history
 
 
@@ -945,7 +947,7 @@ def plot_classes(runs, data):
     figure, axis = plt.subplots(figsize=(10, 3.6), layout="constrained")
     for number, (norm, group) in enumerate(runs.items()):
         counts = confusion(group[0].scores.predictions, data.test_labels.cpu())
-        accuracy = 100 * counts.diagonal() / counts.sum(1)
+        accuracy = (100 * counts.diagonal() / counts.sum(1)).numpy()
         axis.bar(
             np.arange(10) + 0.27 * (number - 1), accuracy, 0.25, color=COLOURS[norm], label=f"{NETS[norm]}, {norm}"
         )

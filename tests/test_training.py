@@ -77,7 +77,7 @@ def test_learning_rate_climbs_and_falls(small):
 @pytest.mark.parametrize("net", ["NetA", "NetB", "NetC", "Net"])
 def test_one_batch_is_learned_by_heart(small, net):
     one = replace(small, images=small.images[:50], labels=small.labels[:50])
-    settings = Settings(epochs=60, batch_size=50, weight_decay=0.0)
+    settings = Settings(epochs=150, batch_size=50, weight_decay=0.0)
     made = utils.build(net, settings)
     utils.train(made, one, settings, track=False)
     assert utils.test(made, one.images, one.labels).accuracy == 100
