@@ -347,14 +347,13 @@ def standardise(images):
 
 
 def orthogonalise(matrices, steps=4):
-    """(K, m, n), m <= n or not, to matrices with the same singular vectors and singular values near 1, in bfloat16.
+    """(K, m, n) to matrices with the same singular vectors and singular values near 1, in the same precision.
 
     Four steps of the Newton-Schulz iteration of Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/ (its
     coefficients). Rows and columns of zeros stay zero, so matrices of several shapes can share one padded stack.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.bfloat16()
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
@@ -367,12 +366,13 @@ class Muon(torch.optim.Optimizer):
     A convolution's step is its momentum with all singular values set to 1, times the learning rate; its weights
     decay by learning rate * weight decay. The rest steps with 10 times that learning rate and does not decay.
 
-    Own code rather than timm.optim.Muon: that one needs the learning rate as a number of the host, which a CUDA graph
-    would freeze, and it orthogonalises one matrix after another.
+    Own code rather than timm.optim.Muon, which orthogonalises one matrix after another where this takes all at once.
+
+    learning_rate is a tensor on the net's device: writing to it changes it, also inside a CUDA graph. The singular
+    values are computed in `dtype`.
     """
 
-    def __init__(self, net, learning_rate, weight_decay, momentum):
-        """learning_rate is a tensor on the net's device: writing to it changes it, also inside a CUDA graph."""
+    def __init__(self, net, learning_rate, weight_decay, momentum, dtype=torch.float32):
         weights = [module.weight for module in net.modules() if isinstance(module, nn.Conv2d)][:-1]
         rest = [p for p in net.parameters() if all(p is not weight for weight in weights)]
         super().__init__([{"params": weights}, {"params": rest}], {})
@@ -380,7 +380,7 @@ class Muon(torch.optim.Optimizer):
         for parameter in weights + rest:
             self.state[parameter]["momentum"] = torch.zeros_like(parameter)
         rows, columns = max(len(w) for w in weights), max(w[0].numel() for w in weights)
-        self.stack = torch.zeros(len(weights), rows, columns, device=learning_rate.device)
+        self.stack = torch.zeros(len(weights), rows, columns, device=learning_rate.device, dtype=dtype)
 
     def in_stack(self, stack):
         """Views of (K, rows, columns), one for each convolution, in its shape."""
@@ -446,12 +446,12 @@ class Trainer:
         # nets with it stay with channels first.
         first = device.type == "cuda" and any(isinstance(module, nn.GroupNorm) for module in net.modules())
         net.to(device, memory_format=torch.contiguous_format if first else torch.channels_last).train()
-        self.model = working_copy(net, pick_precision(device))
+        self.dtype = pick_precision(device)
+        self.model = working_copy(net, self.dtype)
         self.copied = [(w, p) for w, p in zip(self.model.parameters(), net.parameters(), strict=True) if w is not p]
-        self.dtype = next(self.model.C1.parameters()).dtype
         done = torch.arange(1, self.steps * settings.epochs + 1, device=device) / (self.steps * settings.epochs)
         self.rates = settings.learning_rate * torch.minimum(done / WARMUP, (1 - done) / (1 - WARMUP))
-        self.optimizer = Muon(net, self.rates[0].clone(), settings.weight_decay, settings.momentum)
+        self.optimizer = Muon(net, self.rates[0].clone(), settings.weight_decay, settings.momentum, self.dtype)
         self.generator = torch.Generator(device).manual_seed(settings.seed)
         self.order = torch.zeros(self.steps, settings.batch_size, dtype=torch.int64, device=device)
         self.shift = torch.zeros(len(data.images), 2, dtype=torch.int64, device=device)
@@ -812,15 +812,15 @@ def describe_mistakes(net, mistakes, runs):
             f"All three nets get {shared:.0f} % of these images wrong, and {alone:.0f} % {net} alone does."
         )
     own_runs = runs[(runs["net"] == net) & (runs["split"] == "test")]
-    augmented = own_runs[own_runs["study"] == "augment"]
     main = own_runs[own_runs["study"].isin(("main", "stand-in"))]
+    augmented = own_runs[(own_runs["study"] == "augment") & own_runs["epochs"].isin(main["epochs"])]
     (first, most), (second, many) = own["true"].value_counts().head(2).items()
     trained, tested = main["train_accuracy"].mean(), main["test_accuracy"].astype(float).mean()
-    text = f"Most of them are {first} ({most}) and {second} ({many}); it scores {trained:.1f} % on the training images"
-    text += f" against {tested:.1f} % on the test images"
-    if len(augmented) > 1:
+    text = f"Hardest are {first} ({most} wrong) and {second} ({many}); the net scores {trained:.1f} % on the training"
+    text += f" images against {tested:.1f} % on the test images"
+    if len(augmented):
         varied = augmented["test_accuracy"].astype(float).mean()
-        text += f"; with flip and crop it reaches {varied:.1f} %, so more varied images are what it lacks"
+        text += f", and with flip and crop {varied:.1f} %, so more varied images are what it lacks"
     return " ".join([*sentences, text + "."])
 
 
@@ -911,6 +911,7 @@ def plot_curves(runs, data):
     left.set(xlabel="epoch", ylabel=f"loss (label smoothing {LABEL_SMOOTHING})")
     right.set(xlabel="epoch", ylabel="accuracy, % (dotted: training)")
     for axis in (left, right):
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(frameon=False)
         axis.grid(alpha=0.3)
     return figure
@@ -953,7 +954,7 @@ def plot_classes(runs, data):
         )
     axis.set_xticks(range(10), data.classes)
     axis.set(ylabel="test accuracy, %", ylim=(0, 100), title=title("Accuracy by class (seed 0)", data))
-    axis.legend(frameon=False, loc="lower right", ncols=3)
+    axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3)
     axis.grid(axis="y", alpha=0.3)
     return figure
 
