@@ -9,11 +9,10 @@ They share one chain of layers, 48,042 parameters with the default widths and 10
     C1 C2 c3 P1 C4 C5 C6 c7 P2 C8 C9 C10 GAP c11
 
 A capital C is a 3x3 convolution, a norm and an activation (SiLU); a small c is a 1x1 convolution alone; P averages
-2x2 pixels; GAP averages each channel over the image. No skip connections, and no bias but in c11: a shift per
-channel follows every other convolution.
+2x2 pixels; GAP averages each channel over the image. No skip connections, and no bias but in c11.
 
 Each norm computes ``(x - mean) / sqrt(variance + 1e-5) * scale + shift`` with one scale and one shift per channel.
-What differs is the axes of the activations (N, C, H, W) over which mean and (biased) variance are taken:
+What differs is the axes of the activations (N, C, H, W) over which mean and (in training, biased) variance are taken:
 
     batch  N, H, W              one mean per channel; in eval mode, running averages of the training batches' means
     layer  C, H, W              one mean per image
@@ -82,7 +81,6 @@ class Net(nn.Sequential):
     """
 
     def __init__(self, norm, groups=4, widths=WIDTHS, classes=10, in_channels=3):
-        widths = tuple(widths)
         check(norm, groups, widths, classes, in_channels)
         inputs = dict(zip(CONVOLUTIONS, (in_channels, *widths[:-1]), strict=True))
         outputs = dict(zip(CONVOLUTIONS, widths, strict=True))
@@ -117,7 +115,7 @@ class Net(nn.Sequential):
                 c11=nn.Conv2d(widths[-1], classes, 1),
             )
         )
-        self.norm, self.groups, self.widths = norm, groups, widths
+        self.norm, self.groups, self.widths = norm, groups, tuple(widths)
 
     def forward(self, x):
         return super().forward(x).flatten(1)
@@ -148,8 +146,8 @@ def check(norm, groups, widths, classes, in_channels):
     """Raise ValueError, in one line, for arguments that `Net` can't be built from."""
     if norm not in NORMS:
         raise ValueError(f"norm is {norm!r}; choose one of {', '.join(NORMS)}")
-    if len(widths) != len(CONVOLUTIONS):
-        raise ValueError(f"widths has {len(widths)} numbers; give {len(CONVOLUTIONS)}: {' '.join(CONVOLUTIONS)}")
+    if not isinstance(widths, tuple | list) or len(widths) != len(CONVOLUTIONS):
+        raise ValueError(f"widths is {widths!r}; give {len(CONVOLUTIONS)} numbers: {' '.join(CONVOLUTIONS)}")
     counts = dict(zip(CONVOLUTIONS, widths, strict=True)) | {
         "groups": groups,
         "classes": classes,

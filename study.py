@@ -4,7 +4,7 @@
     python study.py --only tune     the same for one list
     python study.py --dry-run       say what is missing
     python study.py --report        rewrite the tables in README.md from results/
-    RANK=0 WORLD_SIZE=2 python study.py    the first half of it, as torchrun would ask
+    torchrun --nproc-per-node=2 study.py    the same by two processes, each on its own GPU
 
 Needs CIFAR-10. A run that is finished is in results/runs.csv at once, and skipped the next time.
 """
@@ -61,20 +61,20 @@ def run_study(study, data):
     """Run what is missing of a study, a few runs at a time, each written when it ends."""
     split, _ = STUDIES[study]
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    todo = missing(study, utils.read_rows(RUNS))[rank::world]
+    mine = STUDIES[study][1][rank::world]
+    todo = [job for job in missing(study, utils.read_rows(RUNS)) if job in mine]
     if split == "validation":
         data = utils.validation_split(data)
     at_once = AT_ONCE if data.images.is_cuda else 1
     with tqdm(total=len(todo), desc=study) as bar:
         for start in range(0, len(todo), at_once):
             runs = run_together(study, todo[start : start + at_once], data)
-            utils.add_rows(RUNS, [one.row for one in runs])
+            utils.put_rows(RUNS, [one.row for one in runs])
             bar.update(len(runs))
 
 
 def run_together(study, jobs, data):
     """Train several nets at the same time on one device: a `Run` for each (net, settings) of `jobs`."""
-    torch.backends.cudnn.deterministic = True
     clock = time.perf_counter()
     nets = [utils.build(name, settings) for name, settings in jobs]
     trainers = [utils.Trainer(net, data, settings) for net, (_, settings) in zip(nets, jobs, strict=True)]
@@ -93,9 +93,8 @@ def run_together(study, jobs, data):
 
 
 def best_rates(rows):
-    """The learning rate of each net with the highest mean accuracy on the validation split, from the tune rows."""
-    means = rows[rows["study"] == "tune"].groupby(["net", "learning_rate"])["validation_accuracy"].mean()
-    return {net: means[net].idxmax() for net in NETS}
+    """The learning rate of each net with the highest mean accuracy on the validation split."""
+    return rate_means(rows).idxmax(axis=1).to_dict()
 
 
 def results_table(rows):
@@ -113,10 +112,15 @@ def results_table(rows):
     )
 
 
-def rate_table(rows):
+def rate_means(rows):
     """Mean validation accuracy of each net (rows) at each learning rate (columns)."""
     tune = rows[rows["study"] == "tune"]
-    return tune.pivot_table(index="net", columns="learning_rate", values="validation_accuracy").map("{:.2f}".format)
+    return tune.pivot_table(index="net", columns="learning_rate", values="validation_accuracy")
+
+
+def rate_table(rows):
+    """`rate_means` as text."""
+    return rate_means(rows).map("{:.2f}".format)
 
 
 def augment_table(rows):
@@ -124,7 +128,8 @@ def augment_table(rows):
     augment = rows[(rows["study"] == "augment") & (rows["split"] == "test")]
     if len(augment) == 0:
         return "Not published yet."
-    return markdown(utils.summarise(augment.to_dict("records"))) + f"\n\n{conditions(augment)}."
+    table = utils.summarise(augment.to_dict("records")).drop(columns="seconds a run")  # several ran at once
+    return markdown(table) + f"\n\n{conditions(augment)}."
 
 
 def conditions(rows):
@@ -135,6 +140,7 @@ def conditions(rows):
             "augmentation: " + " and ".join(sorted(rows["augment"].unique())),
             " and ".join(sorted(rows["device"].unique())),
             " and ".join(sorted(rows["precision"].unique())),
+            "torch " + " and ".join(sorted(version.split("+")[0] for version in rows["torch"].unique())),
         ]
     )
 
@@ -152,15 +158,43 @@ def markdown(frame):
 
 def mistakes_text(net, rows):
     """Markdown: the three sentences on a net's mistakes and its grid, once they are published."""
-    path, norm = RUNS.with_name("mistakes.csv"), next(norm for norm, name in utils.NETS.items() if name == net)
+    path = RUNS.with_name("mistakes.csv")
     if not path.exists():
         return "Not published yet."
-    picture = f"![Ten images that {net} gets wrong, with true and predicted class](img/{norm}.png)"
+    picture = f"![Ten images that {net} gets wrong, with true and predicted class](img/{utils.NORMS[net]}.png)"
     return f"{utils.describe_mistakes(net, pd.read_csv(path), rows)}\n\n{picture}"
 
 
+def finding(net, rows):
+    """Markdown: what the rows say of one net, in a sentence or two."""
+    means = rate_means(rows).loc[net]
+    main = rows[(rows["study"] == "main") & (rows["net"] == net) & (rows["split"] == "test")]["test_accuracy"]
+    text = (
+        f"On the held-out training images its accuracy goes from {means.min():.2f} to {means.max():.2f} % over the "
+        f"learning rates {', '.join(map(str, means.index))}; {means.idxmax()} is the best of them."
+    )
+    if len(main):
+        reached = f"{main.mean():.2f} % on the test set (standard deviation {main.std():.2f}, n = {len(main)})"
+        text = f"It reaches {reached}. {text}"
+    return text
+
+
+def conclusion(rows):
+    """Markdown: the comparison of the three nets as far as the rows go."""
+    main = rows[(rows["study"] == "main") & (rows["split"] == "test")]
+    if len(main):
+        pairs = (("NetA", "NetB"), ("NetA", "NetC"), ("NetC", "NetB"))
+        return "Paired by seed, in test accuracy: " + "; ".join(utils.compare(main, *pair) for pair in pairs) + "."
+    best = rate_means(rows).max(axis=1)
+    said = ", ".join(f"{net} {value:.2f} %" for net, value in best.items())
+    seeds = rows[rows["study"] == "tune"]["seed"].nunique()
+    return (
+        f"So far: at each net's best learning rate, {said} of the held-out training images (n = {seeds}: no verdict)."
+    )
+
+
 def fill(text, blocks):
-    """`text` with what stands between <!-- name --> and <!-- end --> replaced by blocks[name]."""
+    """`text` with what stands between <!-- name --> and <!-- end --> replaced by blocks[name]; KeyError for others."""
 
     def block(match):
         return f"<!-- {match[1]} -->\n{blocks[match[1]]}\n<!-- end -->"
@@ -169,19 +203,19 @@ def fill(text, blocks):
 
 
 def report():
-    """Rewrite the generated parts of README.md and of the notebook's first cell from results/."""
+    """Rewrite the generated parts of README.md and of the notebook from results/."""
     rows = utils.read_rows(RUNS)
-    blocks = {
-        "results": results_table(rows),
-        "tune": markdown(rate_table(rows)),
-        "augment": augment_table(rows),
-        **{net: mistakes_text(net, rows) for net in NETS},
-    }
+    blocks = {"results": results_table(rows), "tune": markdown(rate_table(rows)), "augment": augment_table(rows)}
+    blocks["conclusion"] = conclusion(rows)
+    for net in NETS:
+        blocks |= {f"finding-{net}": finding(net, rows), f"mistakes-{net}": mistakes_text(net, rows)}
     readme, notebook = Path("README.md"), Path("s8.ipynb")
     text = fill(readme.read_text(encoding="utf-8"), blocks)
     utils.save(readme, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     cells = nbformat.read(notebook, as_version=4)
-    cells.cells[0].source = fill(cells.cells[0].source, blocks)
+    for cell in cells.cells:
+        if cell.cell_type == "markdown":
+            cell.source = fill(cell.source, blocks)
     utils.save(notebook, lambda temporary: nbformat.write(cells, temporary))
 
 
@@ -199,6 +233,8 @@ def main():
         for study in chosen:
             print(f"{study}: {len(missing(study, utils.read_rows(RUNS)))} of {len(STUDIES[study][1])} runs missing")
         return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     data = utils.load_data(utils.pick_device(), "cifar10")
     for study in chosen:
         run_study(study, data)

@@ -149,6 +149,34 @@ def test_damaged_file(no_network, tmp_path, cpu):
     assert (folder / "data_batch_3").read_bytes() == b"half a file"
 
 
+def test_damaged_archive(no_network, tmp_path, cpu):
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"half an archive")
+    with pytest.raises(OSError, match=r"cifar-10-python\.tar\.gz is damaged"):
+        utils.load_data(cpu, "auto", tmp_path)
+    assert len(no_network) == 1
+
+
+def test_network_that_fails_during_the_download(monkeypatch, tmp_path, cpu, capsys):
+    class Answer:
+        def close(self):
+            pass
+
+    def answer(request, **options):
+        if request.get_method() == "HEAD" and "torchvision" not in str(request.headers):
+            return Answer()
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(urllib.request, "urlopen", answer)
+    assert not utils.load_data(cpu, "auto", tmp_path).real
+    assert "timed out" in capsys.readouterr().out
+    assert not list(tmp_path.rglob("*batch*"))
+
+
+def test_validation_split_larger_than_a_class(stand_in):
+    with pytest.raises(ValueError, match=r"per_class is 5000; give 1 to \d+"):
+        utils.validation_split(stand_in, per_class=5000)
+
+
 def test_unknown_source(cpu):
     with pytest.raises(ValueError, match="data source is 'mnist'; choose one of auto, cifar10, synthetic"):
         utils.load_data(cpu, "mnist")
@@ -164,6 +192,8 @@ IMAGES, LABELS = torch.zeros(4, 32, 32, 3, dtype=torch.uint8), torch.arange(4)
         ({"images": IMAGES.float()}, "images are torch.float32 of shape"),
         ({"images": IMAGES[:0], "labels": LABELS[:0]}, "images are empty"),
         ({"test_images": IMAGES[0]}, "test_images are torch.uint8 of shape"),
+        ({"images": [1, 2]}, "images are of type list; give a torch.Tensor"),
+        ({"test_labels": [1, 2]}, "the labels of test_images are of type list"),
         ({"labels": LABELS[:3]}, r"the labels of images are torch.int64 of shape \(3,\); give torch.int64 of \(4,\)"),
         ({"labels": LABELS.float()}, "the labels of images are torch.float32"),
         ({"labels": LABELS + 7}, "the labels of images go from 7 to 10; 0 to 9 are allowed"),

@@ -21,6 +21,12 @@ NOTEBOOK = json.loads((ROOT / "s8.ipynb").read_text(encoding="utf-8"))
 published = pytest.mark.skipif(len(MAIN) == 0, reason="results/runs.csv holds no main runs yet")
 
 
+def test_readme_has_every_generated_part():
+    parts = [part for part in re.findall(r"<!-- ([\w-]+) -->\n", README) if part != "end"]
+    nets = [f"{part}-{net}" for part in ("finding", "mistakes") for net in study.NETS]
+    assert sorted(parts) == sorted(["results", "tune", "augment", "conclusion", *nets])
+
+
 def test_report_changes_nothing(tmp_path):
     for name in ("README.md", "s8.ipynb", "models.py", "utils.py", "study.py"):
         shutil.copy(ROOT / name, tmp_path)

@@ -1,9 +1,12 @@
+import subprocess
+import sys
 import warnings
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import ROOT
 from matplotlib import pyplot as plt
 from PIL import Image
 
@@ -30,6 +33,20 @@ def test_metrics_against_an_independent_count(small, scored):
     assert scores.accuracy == pytest.approx(100 * right / 200)
     assert scores.loss == pytest.approx(-np.log(odds[np.arange(200), labels]).mean(), abs=1e-5)
     assert np.allclose(scores.confidences, odds.max(1), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda x, y: (x / 255.0, y), "images are torch.float32 of shape"),
+        (lambda x, y: (x[:0], y[:0]), "images are empty"),
+        (lambda x, y: (x, y + 9), "the labels of images go from 9 to 18"),
+        (lambda x, y: (x.tolist(), y), "images are of type list; give a torch.Tensor"),
+    ],
+)
+def test_wrong_images_are_not_scored(small, scored, change, said):
+    with pytest.raises(ValueError, match=said):
+        utils.test(scored[0], *change(small.test_images, small.test_labels))
 
 
 def test_scoring_leaves_the_mode_and_the_statistics_alone(small):
@@ -63,7 +80,7 @@ def flat_colours(count):
 def test_grid_shows_the_images_in_their_colours_and_place(tmp_path, count):
     colours, data, scores = flat_colours(count)
     figure = utils.plot_mistakes("NetB", scores, data, tmp_path / "layer.png")
-    assert figure.get_suptitle() == "NetB, layer norm: the ten most confident mistakes of seed 0"
+    assert figure.get_suptitle() == f"NetB, layer norm: the {count} most confident mistakes of seed 0"
     pixels = np.asarray(Image.open(tmp_path / "layer.png").convert("RGB"))
     places = []
     for colour in colours:
@@ -154,20 +171,44 @@ def test_three_sentences_are_counts():
     text = utils.describe_mistakes("NetA", MISTAKES, rows)
     assert "NetA (seed 0) gets 4 test images wrong; the pairs it confuses most are cat and dog (2)" in text
     assert "All three nets get 25 % of these images wrong, and 50 % NetA alone does." in text
-    assert "Hardest are cat (2 wrong) and" in text
-    assert "95.0 % on the training images against 86.5 % on the test images." in text
-    varied = pd.concat([rows, rows.assign(study="augment", test_accuracy=[88.0, 89.0])])
-    assert "with flip and crop 88.5 %" in utils.describe_mistakes("NetA", MISTAKES, varied)
+    assert "improve most on cat (2 wrong) and" in text
+    assert "95.0 % on the training images and 86.5 % on the test images, so it overfits." in text
+    better = pd.concat([rows, rows.assign(study="augment", test_accuracy=[88.0, 89.0])])
+    assert "and flip and crop help: 88.5 %." in utils.describe_mistakes("NetA", MISTAKES, better)
+    worse = pd.concat([rows, rows.assign(study="augment", test_accuracy=[80.0, 81.0])])
+    assert "and flip and crop do not help: 80.5 %." in utils.describe_mistakes("NetA", MISTAKES, worse)
+    other = better.assign(epochs=[20, 20, 5, 5])
+    assert "flip" not in utils.describe_mistakes("NetA", MISTAKES, other)
+
+
+def test_sentences_on_few_mistakes():
+    rows = pd.DataFrame(rows_of("NetA", [95.0, 95.0]))
+    assert utils.describe_mistakes("NetA", MISTAKES[:0], rows) == "NetA (seed 0) gets no test image wrong."
+    text = utils.describe_mistakes("NetA", MISTAKES[2:3], rows)
+    assert "gets 1 test images wrong" in text
+    assert "improve most on ship (1 wrong); it" in text
+    assert "longer training may still help" in text
 
 
 def test_rows_are_replaced_by_their_settings(tmp_path):
     path = tmp_path / "runs.csv"
     first, second = {"net": "NetA", "seed": 0, "seconds": 1.5}, {"net": "NetA", "seed": 1, "seconds": 2.5}
-    utils.add_rows(path, [first, second])
-    utils.add_rows(path, [first | {"seconds": 9.5}])
+    utils.put_rows(path, [first, second])
+    utils.put_rows(path, [first | {"seconds": 9.5}])
     assert utils.read_rows(path).sort_values("seed")["seconds"].tolist() == [9.5, 2.5]
-    utils.add_rows(path, [first | {"seed": 2}])
+    utils.put_rows(path, [first | {"seed": 2}])
     assert len(utils.read_rows(path)) == 3
+    utils.put_rows(path, [first | {"seed": 7}], key=["net"])
+    assert utils.read_rows(path)["seed"].tolist() == [7]
+
+
+def test_no_row_is_lost_between_processes(tmp_path):
+    code = "import utils; [utils.put_rows(utils.Path({!r}), [dict(process={}, row=n)]) for n in range(20)]"
+    path = str(tmp_path / "runs.csv")
+    command = [sys.executable, "-c"]
+    writers = [subprocess.Popen([*command, code.format(path, n)], cwd=ROOT) for n in range(2)]
+    assert [writer.wait(timeout=120) for writer in writers] == [0, 0]
+    assert len(pd.read_csv(path)) == 40
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

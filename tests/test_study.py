@@ -16,7 +16,7 @@ def tiny(monkeypatch, tmp_path, small):
     monkeypatch.setattr(study, "RUNS", tmp_path / "results" / "runs.csv")
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    data = replace(small, real=True, images=small.images.repeat(10, 1, 1, 1), labels=small.labels.repeat(10))
+    data = replace(small, real=True, images=small.images.repeat(12, 1, 1, 1), labels=small.labels.repeat(12))
     return data, jobs
 
 
@@ -52,13 +52,10 @@ def test_validation_runs_do_not_touch_the_test_set(tiny, monkeypatch):
 def test_shards_cover_everything_once(tiny, monkeypatch):
     data, _ = tiny
     monkeypatch.setenv("WORLD_SIZE", "2")
-    done = []
-    monkeypatch.setattr(study, "run_together", lambda name, jobs, data: done.extend(jobs) or [])
-    monkeypatch.setattr(utils, "add_rows", lambda path, rows: None)
-    for rank in "01":
+    for rank, seeds in (("0", [0, 2]), ("1", [0, 1, 2])):
         monkeypatch.setenv("RANK", rank)
         study.run_study("augment", data)
-    assert sorted(job[1].seed for job in done) == [0, 1, 2]
+        assert sorted(utils.read_rows(study.RUNS)["seed"]) == seeds
 
 
 def test_together_as_alone(tiny):
@@ -74,3 +71,5 @@ def test_fill():
     filled = study.fill(text, {"one": "1", "two": "2"})
     assert filled == "a\n<!-- one -->\n1\n<!-- end -->\nb\n<!-- two -->\n2\n<!-- end -->\n"
     assert study.fill(filled, {"one": "1", "two": "2"}) == filled
+    with pytest.raises(KeyError):
+        study.fill(text, {"one": "1"})

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import ROOT
 from torch import nn
 
 import utils
@@ -19,7 +20,7 @@ def trained(small, net="NetC", settings=SHORT):
     return made.state_dict(), history
 
 
-@pytest.mark.parametrize("net", ["NetA", "NetC"])
+@pytest.mark.parametrize("net", ["NetA", "NetB", "NetC", "Net"])
 def test_same_seed_same_weights(small, net):
     (first, history), (second, _) = trained(small, net), trained(small, net)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -65,9 +66,9 @@ def test_learning_rate_climbs_and_falls(small):
     trainer = utils.Trainer(utils.build("NetA", settings), small, settings)
     rates = trainer.rates.tolist()
     assert len(rates) == 60
-    assert max(rates) == pytest.approx(0.5)
+    assert max(rates) == pytest.approx(0.5, rel=0.05)
     assert rates.index(max(rates)) == 11  # after 20 % of the steps
-    assert rates[-1] == pytest.approx(0, abs=1e-6)
+    assert 0 < rates[-1] < 0.02
     seen = []
     for _ in trainer.epoch():
         seen.append(trainer.optimizer.learning_rate.item())
@@ -195,11 +196,13 @@ def test_progress(small, capfd):
         ({"learning_rate": "fast"}, "learning_rate is 'fast'; give"),
         ({"weight_decay": -1}, "weight_decay is -1; give"),
         ({"momentum": 1.5}, "momentum is 1.5; give"),
-        ({"epochs": 0}, "epochs is 0; give a whole number of 1 or more"),
+        ({"epochs": 0}, "epochs is 0; give a whole number from 1"),
         ({"epochs": 2.5}, "epochs is 2.5; give"),
         ({"batch_size": 0}, "batch_size is 0; give"),
         ({"batch_size": True}, "batch_size is True; give"),
-        ({"seed": -1}, "seed is -1; give a whole number of 0 or more"),
+        ({"learning_rate": True}, "learning_rate is True; give"),
+        ({"seed": -1}, "seed is -1; give a whole number from 0 to 4294967295"),
+        ({"seed": 2**70}, "seed is 1180591620717411303424; give"),
         ({"augment": "cutout"}, "augment is 'cutout'; choose one of none, flip, flip+crop"),
     ],
 )
@@ -250,7 +253,8 @@ def test_publishing(environment, cpu):
         ({"PUBLISH": "1", "SEEDS": "9"}, "9 seeds; only CIFAR-10 with 20 epochs and 10 seeds"),
         ({"PUBLISH": "1", "EPOCHS": "19"}, "19 epochs and 10 seeds; only CIFAR-10"),
         ({"PUBLISH": "1", "DATA": "synthetic"}, "S8_DATA=synthetic"),
-        ({"OUT": "/dev/null/out"}, "S8_OUT is '/dev/null/out', which can't be written"),
+        ({"OUT": "/dev/null/out"}, "/dev/null/out/results can't be written (Not a directory); S8_OUT names the folder"),
+        ({"OUT": str(ROOT)}, "the checkout itself; choose another folder"),
     ],
 )
 def test_wrong_environment(environment, cpu, tmp_path, settings, said):
@@ -262,11 +266,29 @@ def test_wrong_environment(environment, cpu, tmp_path, settings, said):
 
 
 def test_device(monkeypatch):
-    with pytest.raises(ValueError, match="device is 'gpu'; choose one of cuda, mps, cpu"):
-        utils.pick_device("gpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert utils.pick_device().type == "cpu"
+    with pytest.raises(ValueError, match="device is 'cuda'; choose one of cpu"):
+        utils.pick_device("cuda")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert utils.pick_device().type == "mps"
+    assert utils.pick_device("cpu").type == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert utils.pick_device().type == "cuda"
+    with pytest.raises(ValueError, match="device is 'meta'; choose one of cuda, mps, cpu"):
+        utils.pick_device("meta")
+
+
+def test_no_cuda_call_on_the_cpu_path(small, monkeypatch):
+    """torch.cuda.stream(None) fails where MPS is, so training on a CPU must not touch torch.cuda."""
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: pytest.fail("torch.cuda.stream was called"))
+    trained(small)
+
+
+def test_unknown_net():
+    with pytest.raises(ValueError, match="net is 'NetD'; choose one of NetA, NetB, NetC, Net"):
+        utils.build("NetD", SHORT)
 
 
 def test_precision(monkeypatch):
