@@ -15,7 +15,9 @@ import re
 import time
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nbformat
+import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
@@ -103,13 +105,36 @@ def results_table(rows):
     if len(main):
         differences = [utils.compare(main, "NetA", net) for net in NETS[1:]]
         table, said = utils.summarise(main.to_dict("records")), ". ".join(differences)
-        return f"{markdown(table)}\n\nTest accuracy of the last epoch, percent, one view, {conditions(main)}. {said}."
+        picture = "![Test accuracy of each seed of each net, without and with augmentation](img/accuracy.png)"
+        text = f"Test accuracy of the last epoch, percent, one view, {conditions(main)}. {said}."
+        return f"{markdown(table)}\n\n{text}\n\n{picture}"
     tune = rows[rows["study"] == "tune"]
     return (
         "The ten-seed run on the test set is not published yet. Until then: accuracy (percent) on 5,000 training "
         f"images held out from training, by learning rate, mean of {tune['seed'].nunique()} seeds, last epoch, "
         f"{conditions(tune)}:\n\n{markdown(rate_table(rows))}"
     )
+
+
+def plot_accuracy(rows):
+    """Test accuracy of every published run, a column of points per net, without and with flip and crop; bars: means."""
+    panels = {"main": "no augmentation", "augment": "flip and crop"}
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    main = rows[rows["study"] == "main"].iloc[0]
+    figure.suptitle(f"CIFAR-10 test accuracy after {main['epochs']} epochs, {main['parameters']:,} parameters")
+    for axis, (study, name) in zip(axes, panels.items(), strict=True):
+        for x, net in enumerate(NETS):
+            values = rows[(rows["study"] == study) & (rows["net"] == net)]["test_accuracy"].to_numpy(float)
+            colour = utils.COLOURS[utils.NORMS[net]]
+            axis.scatter(x + np.linspace(-0.15, 0.15, len(values)), values, s=18, color=colour, alpha=0.6)
+            if len(values):
+                axis.hlines(values.mean(), x - 0.25, x + 0.25, color=colour, linewidth=2)
+                axis.text(x + 0.28, values.mean(), f"{values.mean():.1f}", va="center", color=colour)
+        axis.set_xticks(range(3), [f"{net}, {utils.NORMS[net]}" for net in NETS])
+        axis.set(title=f"{name}, n = {len(rows[rows['study'] == study]) // 3} seeds a net", xlim=(-0.5, 2.7))
+        axis.grid(axis="y", alpha=0.3)
+    axes[0].set_ylabel("test accuracy, %")
+    return figure
 
 
 def rate_means(rows):
@@ -205,6 +230,9 @@ def fill(text, blocks):
 def report():
     """Rewrite the generated parts of README.md and of the notebook from results/."""
     rows = utils.read_rows(RUNS)
+    if (rows["study"] == "main").any():
+        figure = plot_accuracy(rows)
+        utils.save(Path("img/accuracy.png"), lambda temporary: figure.savefig(temporary, dpi=160))
     blocks = {"results": results_table(rows), "tune": markdown(rate_table(rows)), "augment": augment_table(rows)}
     blocks["conclusion"] = conclusion(rows)
     for net in NETS:

@@ -73,3 +73,42 @@ def test_fill():
     assert study.fill(filled, {"one": "1", "two": "2"}) == filled
     with pytest.raises(KeyError):
         study.fill(text, {"one": "1"})
+
+
+@pytest.fixture
+def published():
+    """Rows as a ten-seed run would leave them, with made-up accuracies."""
+    rows = [
+        {"study": name, "net": net, "norm": utils.NORMS[net], "split": "test", "seed": seed, "status": "done"}
+        | {"epochs": 20, "parameters": 48_042, "train_accuracy": 95.0, "seconds": 5.0, "augment": augment}
+        | {"test_accuracy": base + 0.1 * (seed * step % 10), "device": "gpu", "precision": "bfloat16", "torch": "2.0"}
+        for name, augment, gain in (("main", "none", 0), ("augment", "flip+crop", 1))
+        for net, base, step in (("NetA", 86 + gain, 1), ("NetB", 85 + gain, 3), ("NetC", 84 + gain, 7))
+        for seed in range(10)
+    ]
+    tune = [
+        {"study": "tune", "net": net, "split": "validation", "learning_rate": rate, "validation_accuracy": 80 + rate}
+        | {"epochs": 20, "parameters": 48_042}
+        for net in study.NETS
+        for rate in (1, 2)
+    ]
+    return pd.DataFrame(rows + tune)
+
+
+def test_published_tables(published):
+    text = study.results_table(published)
+    assert "| NetB | layer | 20 | 48,042 | 95.00 | 85.45 | 0.30 | 10 | 5.0 |" in text
+    assert "NetA minus NetC: +2.00 points" in text
+    assert "gpu, bfloat16, torch 2.0" in text
+    assert "| NetB | layer | 20 | 48,042 | 95.00 | 86.45 | 0.30 | 10 |" in study.augment_table(published)
+    assert "It reaches 84.45 % on the test set (standard deviation 0.30, n = 10)." in study.finding("NetC", published)
+    assert "from 81.00 to 82.00 %" in study.finding("NetC", published)
+    assert study.best_rates(published) == {"NetA": 2, "NetB": 2, "NetC": 2}
+
+
+def test_accuracy_plot_shows_every_run(published):
+    figure = study.plot_accuracy(published)
+    for axis, gain in zip(figure.axes, (0, 1), strict=True):
+        points = [collection.get_offsets() for collection in axis.collections if len(collection.get_offsets()) == 10]
+        assert [round(p[:, 1].mean(), 2) for p in points] == [86.45 + gain, 85.45 + gain, 84.45 + gain]
+        assert [text.get_text() for text in axis.texts] == [f"{base + gain + 0.45:.1f}" for base in (86, 85, 84)]
