@@ -298,7 +298,7 @@ def draw_stand_in(device, seed=0):
     )
     inside = np.choose(labels[:, None, None], shapes)[..., None]
     colours = [per_image(40, 215, 1, 1, 3) for _ in range(2)]
-    images = np.where(inside, *colours) + random.normal(0, 55, (n, 32, 32, 3)).astype(np.float32)
+    images = np.where(inside, *colours) + random.normal(0, 47, (n, 32, 32, 3)).astype(np.float32)
     images = torch.from_numpy(images.clip(0, 255).astype(np.uint8)).to(device)
     labels = torch.from_numpy(labels).long().to(device)
     return Data(images[:10_000], labels[:10_000], images[10_000:], labels[10_000:], SHAPES, real=False)
