@@ -87,7 +87,14 @@ def published():
         for seed in range(10)
     ]
     tune = [
-        {"study": "tune", "net": net, "split": "validation", "learning_rate": rate, "validation_accuracy": 80 + rate}
+        {
+            "study": "tune",
+            "net": net,
+            "seed": 0,
+            "split": "validation",
+            "learning_rate": rate,
+            "validation_accuracy": 80 + rate,
+        }
         | {"epochs": 20, "parameters": 48_042}
         for net in study.NETS
         for rate in (1, 2)
