@@ -424,17 +424,93 @@ def pick_precision(device):
     return torch.float32
 
 
-def working_copy(net, dtype):
-    """`net` with its weights in `dtype`, to compute with; batch norm stays float32 and is shared with `net`.
+class PooledConvolution(nn.Module):
+    """A 1x1 convolution and the 2x2 average pool after it, in the other order: the same function for less work."""
 
-    PyTorch's batch norm takes float32 scales and shifts with bfloat16 activations, its group norm on CUDA does not.
+    def __init__(self, convolution):
+        super().__init__()
+        self.convolution = convolution
+
+    def forward(self, x):
+        if not x.is_cuda:
+            return self.convolution(F.avg_pool2d(x, 2))
+        # On CUDA the backward pass of avg_pool2d is slow with channels last.
+        rows = x.permute(0, 2, 3, 1).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
+        return self.convolution(rows.mean((2, 4)).permute(0, 3, 1, 2))
+
+
+class ChannelsLastGroupNorm(nn.Module):
+    """nn.GroupNorm's function and parameters (float32), for activations (N, C, H, W) in channels last.
+
+    PyTorch's own copies to channels first and back on CUDA, and its backward pass is slow on CPUs.
     """
-    if dtype == torch.float32:
-        return net
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        return _GroupNorm.apply(x, self.norm.weight, self.norm.bias, self.norm.num_groups, self.norm.eps)
+
+
+class _GroupNorm(torch.autograd.Function):
+    """The passes of `ChannelsLastGroupNorm`; statistics are (N, groups, channels of a group) or (N, groups, 1)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, groups, eps):
+        n, channels, height, width = x.shape
+        if x.is_cuda:
+            size = x[0].numel() // groups
+            mean = sums(x, groups).sum(2, keepdim=True) / size
+            norms = torch.linalg.vector_norm(x, dim=(2, 3), dtype=torch.float32).view(n, groups, -1)
+            variance = norms.square().sum(2, keepdim=True) / size - mean.square()
+            rstd = (variance + eps).rsqrt()
+            scale = weight.view(groups, -1) * rstd
+            shift = bias.view(groups, -1) - mean * scale
+            y = torch.addcmul(per_channel(shift, x), x, per_channel(scale, x))
+        else:
+            y, mean, rstd = torch.native_group_norm(x, weight, bias, n, channels, height * width, groups, eps)
+            mean, rstd = mean[..., None], rstd[..., None]
+        ctx.save_for_backward(x, weight, mean, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight, mean, rstd = ctx.saved_tensors
+        groups = mean.shape[1]
+        size, weight = x[0].numel() // groups, weight.view(groups, -1)
+        total = sums(gradient, groups)
+        product = (sums(gradient * x, groups) - mean * total) * rstd  # of the gradient and the normalised x
+        a = weight * rstd
+        b = -(weight * product).sum(2, keepdim=True) / size * rstd.square()
+        c = -(weight * total).sum(2, keepdim=True) / size * rstd - mean * b
+        b, c = b.expand_as(a), c.expand_as(a)
+        result = torch.addcmul(per_channel(c, x), x, per_channel(b, x)).addcmul_(gradient, per_channel(a, x))
+        return result, product.sum(0).flatten(), total.sum(0).flatten(), None, None
+
+
+def sums(x, groups):
+    """(N, C, H, W) to float32 sums over H and W, (N, groups, C / groups)."""
+    # On a CPU, asking for the type copies x first; it adds up in float32 all the same.
+    total = x.sum((2, 3), dtype=torch.float32) if x.is_cuda else x.sum((2, 3)).float()
+    return total.view(len(x), groups, -1)
+
+
+def per_channel(values, x):
+    """(N, groups, C / groups) to what multiplies (N, C, H, W), in the type of x."""
+    return values.reshape(len(x), -1, 1, 1).to(x.dtype)
+
+
+def working_copy(net, dtype):
+    """What computes as `net` does, but faster: convolutions in `dtype`, norms with the float32 parameters of `net`."""
     copied = copy.deepcopy(net).to(dtype)
     for name, module in net.named_modules():
         if isinstance(module, nn.BatchNorm2d):
             copied.set_submodule(name, module)
+        elif isinstance(module, nn.GroupNorm):
+            copied.set_submodule(name, ChannelsLastGroupNorm(module))
+    copied.c3, copied.P1 = PooledConvolution(copied.c3), nn.Identity()
+    copied.c7, copied.P2 = PooledConvolution(copied.c7), nn.Identity()
     return copied
 
 
@@ -453,10 +529,7 @@ class Trainer:
         self.steps = len(data.images) // settings.batch_size  # in an epoch
         if self.steps == 0:
             raise ValueError(f"batch_size is {settings.batch_size}; there are {len(data.images)} training images")
-        # Convolutions prefer channels last. On CUDA group norm would copy to channels first and back, so there
-        # nets with it stay with channels first.
-        channels_first = device.type == "cuda" and any(isinstance(module, nn.GroupNorm) for module in net.modules())
-        net.to(device, memory_format=torch.contiguous_format if channels_first else torch.channels_last).train()
+        net.to(device, memory_format=torch.channels_last).train()
         self.dtype = pick_precision(device)
         self.model = working_copy(net, self.dtype)
         self.copied = [(w, p) for w, p in zip(self.model.parameters(), net.parameters(), strict=True) if w is not p]
@@ -815,11 +888,11 @@ def describe_mistakes(net, mistakes, runs):
     augmented = own_runs[(own_runs["study"] == "augment") & own_runs["epochs"].isin(main["epochs"])]
     hard = " and ".join(f"{name} ({count} wrong)" for name, count in own["true"].value_counts().head(2).items())
     trained, tested = (main[f"{split}_accuracy"].astype(float).mean() for split in ("train", "test"))
-    text = f"It could improve most on {hard}; it scores {trained:.1f} % on the training images and {tested:.1f} % on"
-    text += f" the test images, so {'it overfits' if trained - tested > 3 else 'longer training may still help'}"
+    text = f"It could improve most on {hard}; it scores {trained:.1f} % on the training images, {trained - tested:.1f}"
+    text += f" points more than on the test images (n = {len(main)})"
     if len(augmented):
-        varied = augmented["test_accuracy"].astype(float).mean()
-        text += f", and flip and crop {'help' if varied > tested else 'do not help'}: {varied:.1f} %"
+        by_seed = [part.set_index("seed")["test_accuracy"].astype(float) for part in (augmented, main)]
+        text += f", and flip and crop change its test accuracy by {paired(*by_seed)}"
     return " ".join([*sentences, text + "."])
 
 
@@ -874,14 +947,19 @@ def summarise(rows):
 
 
 def compare(rows, first, second):
-    """Mean difference in test accuracy, first minus second net, paired by seed, with its 95 % t interval, as text."""
-    frame = pd.DataFrame(rows).pivot(index="seed", columns="net", values="test_accuracy")
-    difference = frame[first].astype(float) - frame[second].astype(float)
-    if len(difference) < 2:
-        return f"{first} minus {second}: {difference.mean():+.2f} points (one seed: no interval)"
-    low, high = stats.ttest_rel(frame[first].astype(float), frame[second].astype(float)).confidence_interval()
-    interval = f"95 % interval {low:+.2f} to {high:+.2f}, n = {len(difference)}"
-    return f"{first} minus {second}: {difference.mean():+.2f} points, {interval}"
+    """Difference in test accuracy between two nets of the rows, as text; see `paired`."""
+    frame = pd.DataFrame(rows).pivot(index="seed", columns="net", values="test_accuracy").astype(float)
+    return f"{first} minus {second}: {paired(frame[first], frame[second])}"
+
+
+def paired(first, second):
+    """Mean of first minus second (Series by seed; shared seeds count), with its 95 % t interval, as text."""
+    first, second = first.align(second, join="inner")
+    difference = (first - second).mean()
+    if len(first) < 2:
+        return f"{difference:+.2f} points (one seed: no interval)"
+    low, high = stats.ttest_rel(first, second).confidence_interval()
+    return f"{difference:+.2f} points (95 % interval {low:+.2f} to {high:+.2f}, n = {len(first)})"
 
 
 def plot_samples(data):

@@ -15,6 +15,14 @@ def cpu():
     return torch.device("cpu")
 
 
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    """A test with it runs on the CPU and, where there is one, on a CUDA GPU."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    return torch.device(request.param)
+
+
 @pytest.fixture(scope="session")
 def stand_in(cpu):
     return utils.draw_stand_in(cpu)

@@ -92,6 +92,7 @@ def published():
             "net": net,
             "seed": 0,
             "split": "validation",
+            "augment": "none",
             "learning_rate": rate,
             "validation_accuracy": 80 + rate,
         }
@@ -110,6 +111,7 @@ def test_published_tables(published):
     assert "| NetB | layer | 20 | 48,042 | 95.00 | 86.45 | 0.30 | 10 |" in study.augment_table(published)
     assert "It reaches 84.45 % on the test set (standard deviation 0.30, n = 10)." in study.finding("NetC", published)
     assert "from 81.00 to 82.00 %" in study.finding("NetC", published)
+    assert study.tuned(published).loc["NetC", 1] == 81
     assert study.best_rates(published) == {"NetA": 2, "NetB": 2, "NetC": 2}
 
 

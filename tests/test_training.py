@@ -148,13 +148,59 @@ def test_bfloat16_computes_and_float32_remembers(small, monkeypatch):
     net = utils.build("NetA", SHORT)
     trainer = utils.Trainer(net, small, SHORT)
     assert trainer.model.C2.conv.weight.dtype == torch.bfloat16
-    assert trainer.model.C2.norm is net.C2.norm  # batch norm stays in float32, with its running averages
+    assert trainer.model.C2.norm is net.C2.norm  # norms stay in float32, batch norm with its running averages
     for _ in trainer.epoch():
         pass
     assert {p.dtype for p in net.parameters()} == {torch.float32}
     for working, parameter in trainer.copied:
         assert torch.equal(working, parameter.bfloat16())
     assert net.C2.norm.num_batches_tracked == trainer.steps
+
+
+@pytest.mark.parametrize("name", ["NetA", "NetB", "NetC", "Net"])
+def test_working_copy_computes_what_the_net_does(name):
+    torch.manual_seed(0)
+    net = utils.build(name, SHORT).to(memory_format=torch.channels_last)
+    copied = utils.working_copy(net, torch.float32)
+    images = torch.randn(8, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    gradients = []
+    for model in (net, copied):
+        logits = model(images)
+        model.zero_grad()
+        logits.square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert (logits - net(images)).abs().max() < 1e-4
+    for expected, found in zip(*gradients, strict=True):
+        assert (found - expected).norm() < 1e-4 * expected.norm()
+    images = images.bfloat16()
+    logits = utils.working_copy(net, torch.bfloat16)(images)
+    assert logits.dtype == torch.bfloat16
+    assert (logits - net(images.float())).norm() < 0.03 * logits.norm()
+
+
+@pytest.mark.parametrize("groups", [1, 4, 32])
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
+def test_group_norm_in_channels_last(device, groups, dtype, rounding):
+    """Output and gradients against nn.GroupNorm in float64."""
+    torch.manual_seed(0)
+    norm = nn.GroupNorm(groups, 32)
+    nn.init.normal_(norm.weight, 1, 0.3)
+    nn.init.normal_(norm.bias)
+    x, gradient = torch.randn(2, 20, 32, 16, 8).to(dtype)
+    x = x * 2 + 1
+    found = []
+    for module, kind in ((copy.deepcopy(norm).double(), torch.float64), (norm, dtype)):
+        module = module.to(device)
+        activations = x.to(device, kind, memory_format=torch.channels_last).requires_grad_()
+        layer = module if kind == torch.float64 else utils.ChannelsLastGroupNorm(module)
+        y = layer(activations)
+        y.backward(gradient.to(device, kind, memory_format=torch.channels_last))
+        found.append([y, activations.grad, module.weight.grad, module.bias.grad])
+    for expected, value in zip(*found, strict=True):
+        assert (value - expected).norm() < rounding * expected.norm()
+    assert found[1][0].dtype == dtype
+    assert found[1][0].is_contiguous(memory_format=torch.channels_last)
+    assert found[1][1].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_bfloat16_and_float32_agree(small, monkeypatch):
