@@ -39,11 +39,11 @@ STUDIES = {
         [
             (net, Settings(learning_rate=rate, seed=seed))
             for net in NETS
-            for rate in (0.015, 0.03, 0.06)
+            for rate in (0.015, 0.03, 0.06, 0.12)
             for seed in (0, 1)
         ]
         + [
-            (net, Settings(weight_decay=decay, augment="flip+crop", seed=seed))
+            (net, Settings(LEARNING_RATES[net], decay, augment="flip+crop", seed=seed))
             for net in NETS
             for decay in (0.1, 0.2, 0.5)
             for seed in (0, 1)
