@@ -109,19 +109,16 @@ def best_rates(rows):
 
 
 def results_table(rows):
-    """Markdown: the published result of each net, or what there is until it is published."""
-    main = rows[(rows["study"] == "main") & (rows["split"] == "test")]
-    if len(main):
-        differences = [utils.compare(main, "NetA", net) for net in NETS[1:]]
-        table, said = utils.summarise(main.to_dict("records")), ". ".join(differences)
-        picture = "![Test accuracy of each seed of each net, without and with augmentation](img/accuracy.png)"
-        text = f"Test accuracy of the last epoch, percent, one view, {conditions(main)}. {said}."
-        return f"{markdown(table)}\n\n{text}\n\n{picture}"
-    tune = rows[(rows["study"] == "tune") & (rows["augment"] == "none")]
+    """Markdown: the published result of each net."""
+    main = rows[rows["study"] == "main"]
+    table, differences = (
+        utils.summarise(main.to_dict("records")),
+        [utils.compare(main, "NetA", net) for net in NETS[1:]],
+    )
     return (
-        "The ten-seed run on the test set is not published yet, and the notebook is saved as a short run on a CPU left "
-        "it. Until then: accuracy (percent) on 5,000 training images held out from training, by learning rate, mean of "
-        f"{tune['seed'].nunique()} seeds, last epoch, {conditions(tune)}:\n\n{markdown(tuned(rows).map(TWO_DECIMALS))}"
+        f"{markdown(table)}\n\nTest accuracy of the last epoch, percent, one view, {conditions(main)}. "
+        f"{'. '.join(differences)}.\n\n"
+        "![Test accuracy of each seed of each net, without and with augmentation](img/accuracy.png)"
     )
 
 
@@ -154,9 +151,7 @@ def tuned(rows, setting="learning_rate", augment="none"):
 
 def augment_table(rows):
     """Markdown: the published result of each net with flip and crop."""
-    augment = rows[(rows["study"] == "augment") & (rows["split"] == "test")]
-    if len(augment) == 0:
-        return "Not published yet."
+    augment = rows[rows["study"] == "augment"]
     table = utils.summarise(augment.to_dict("records")).drop(columns="seconds a run")  # several ran at once
     return markdown(table) + f"\n\n{conditions(augment)}."
 
@@ -186,41 +181,32 @@ def markdown(frame):
 
 
 def mistakes_text(net, rows):
-    """Markdown: the three sentences on a net's mistakes and its grid, once they are published."""
-    path = RUNS.with_name("mistakes.csv")
-    if not path.exists():
-        return "Not published yet."
+    """Markdown: the three sentences on a net's mistakes, and its grid."""
     picture = f"![Ten images that {net} gets wrong, with true and predicted class](img/{utils.NORMS[net]}.png)"
-    return f"{utils.describe_mistakes(net, pd.read_csv(path), rows)}\n\n{picture}"
+    mistakes = pd.read_csv(RUNS.with_name("mistakes.csv"))
+    return f"{utils.describe_mistakes(net, mistakes, rows)}\n\n{picture}"
 
 
 def finding(net, rows):
-    """Markdown: what the rows say of one net, in a sentence or two."""
+    """Markdown: what the rows say of one net, in two sentences."""
     means, seeds = tuned(rows).loc[net], rows[rows["study"] == "tune"]["seed"].nunique()
-    main = rows[(rows["study"] == "main") & (rows["net"] == net) & (rows["split"] == "test")]["test_accuracy"]
-    rates = ", ".join(map(str, means.index))
-    text = (
+    main = rows[(rows["study"] == "main") & (rows["net"] == net)]["test_accuracy"]
+    return (
+        f"It reaches {main.mean():.2f} % on the test set (standard deviation {main.std():.2f}, n = {len(main)}). "
         f"On the held-out training images its accuracy goes from {means.min():.2f} to {means.max():.2f} % over the "
-        f"learning rates {rates} (n = {seeds}, no interval); it is highest at {means.idxmax()}."
+        f"learning rates {', '.join(map(str, means.index))} (n = {seeds}, no interval); it is highest at "
+        f"{means.idxmax()}."
     )
-    if len(main):
-        reached = f"{main.mean():.2f} % on the test set (standard deviation {main.std():.2f}, n = {len(main)})"
-        text = f"It reaches {reached}. {text}"
-    return text
 
 
 def conclusion(rows):
-    """Markdown: the comparison of the three nets as far as the rows go."""
-    main = rows[(rows["study"] == "main") & (rows["split"] == "test")]
-    if len(main):
+    """Markdown: the differences between the nets, paired by seed."""
+    lines = ["Differences in test accuracy, paired by seed:", ""]
+    for study, name in (("main", "without augmentation"), ("augment", "with flip and crop")):
+        chosen = rows[rows["study"] == study]
         pairs = (("NetA", "NetB"), ("NetA", "NetC"), ("NetC", "NetB"))
-        return "Paired by seed, in test accuracy: " + "; ".join(utils.compare(main, *pair) for pair in pairs) + "."
-    best = tuned(rows).max(axis=1)
-    said = ", ".join(f"{net} {value:.2f} %" for net, value in best.items())
-    seeds = rows[rows["study"] == "tune"]["seed"].nunique()
-    return (
-        f"So far: at each net's best learning rate, {said} of the held-out training images (n = {seeds}: no verdict)."
-    )
+        lines.append(f"- {name}: " + "; ".join(utils.compare(chosen, *pair) for pair in pairs))
+    return "\n".join(lines)
 
 
 def fill(text, blocks):
@@ -235,9 +221,8 @@ def fill(text, blocks):
 def report():
     """Rewrite the generated parts of README.md and of the notebook from results/."""
     rows = utils.read_rows(RUNS)
-    if (rows["study"] == "main").any():
-        figure = plot_accuracy(rows)
-        utils.save(Path("img/accuracy.png"), lambda temporary: figure.savefig(temporary, dpi=160))
+    figure = plot_accuracy(rows)
+    utils.save(Path("img/accuracy.png"), lambda temporary: figure.savefig(temporary, dpi=160))
     blocks = {
         "results": results_table(rows),
         "tune": markdown(tuned(rows).map(TWO_DECIMALS)),

@@ -24,7 +24,7 @@ published = pytest.mark.skipif(len(MAIN) == 0, reason="results/runs.csv holds no
 def test_readme_has_every_generated_part():
     parts = [part for part in re.findall(r"<!-- ([\w-]+) -->\n", README) if part != "end"]
     nets = [f"{part}-{net}" for part in ("finding", "mistakes") for net in study.NETS]
-    assert sorted(parts) == sorted(["results", "tune", "augment", "conclusion", *nets])
+    assert sorted(parts) == sorted(["results", "tune", "tune-augment", "augment", "conclusion", *nets])
 
 
 def test_report_changes_nothing(tmp_path):
