@@ -3,7 +3,7 @@
     python study.py                 run what results/runs.csv does not hold yet
     python study.py --only tune     the same for one list
     python study.py --dry-run       say what is missing
-    python study.py --report        rewrite the tables in README.md from results/
+    python study.py --report        rewrite what README.md, s8.ipynb and img/accuracy.png show of results/
     torchrun --nproc-per-node=2 study.py    the same by two processes, each on its own GPU
 
 Needs CIFAR-10. A run that is finished is in results/runs.csv at once, and skipped the next time.
@@ -29,8 +29,9 @@ RUNS = Path("results/runs.csv")
 NETS = ("NetA", "NetB", "NetC")
 AT_ONCE = 3  # runs that share a GPU: while one waits for its small kernels, another computes
 
-TWO_DECIMALS = "{:.2f}".format
-WEIGHT_DECAY = 0.1  # with flip and crop: best on the validation split, over the three nets; see the study tune
+AUGMENTED_WEIGHT_DECAY = (
+    0.1  # with flip and crop: best on the validation split, over the three nets; see the study tune
+)
 
 # name: (split, list of (net, settings)); the test split is for what is published, the validation split for choices
 STUDIES = {
@@ -52,7 +53,7 @@ STUDIES = {
     "augment": (
         "test",
         [
-            (net, Settings(LEARNING_RATES[net], WEIGHT_DECAY, augment="flip+crop", seed=seed))
+            (net, Settings(LEARNING_RATES[net], AUGMENTED_WEIGHT_DECAY, augment="flip+crop", seed=seed))
             for net in NETS
             for seed in range(10)
         ],
@@ -111,10 +112,8 @@ def best_rates(rows):
 def results_table(rows):
     """Markdown: the published result of each net."""
     main = rows[rows["study"] == "main"]
-    table, differences = (
-        utils.summarise(main.to_dict("records")),
-        [utils.compare(main, "NetA", net) for net in NETS[1:]],
-    )
+    table = utils.summarise(main.to_dict("records"))
+    differences = [utils.compare(main, "NetA", net) for net in NETS[1:]]
     return (
         f"{markdown(table)}\n\nTest accuracy of the last epoch, percent, one view, {conditions(main)}. "
         f"{'. '.join(differences)}.\n\n"
@@ -122,22 +121,26 @@ def results_table(rows):
     )
 
 
+def name_of(study, rows):
+    """What tells the runs of the study main or augment from those of the other, as text."""
+    decay = rows[rows["study"] == study]["weight_decay"].iloc[0]
+    return f"{'flip and crop' if study == 'augment' else 'no augmentation'}, weight decay {decay:g}"
+
+
 def plot_accuracy(rows):
     """Test accuracy of every published run, a column of points per net, without and with flip and crop; bars: means."""
-    panels = {"main": "no augmentation", "augment": "flip and crop"}
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
     main = rows[rows["study"] == "main"].iloc[0]
     figure.suptitle(f"CIFAR-10 test accuracy after {main['epochs']} epochs, {main['parameters']:,} parameters")
-    for axis, (study, name) in zip(axes, panels.items(), strict=True):
+    for axis, study in zip(axes, ("main", "augment"), strict=True):
         for x, net in enumerate(NETS):
             values = rows[(rows["study"] == study) & (rows["net"] == net)]["test_accuracy"].to_numpy(float)
             colour = utils.COLOURS[utils.NORMS[net]]
             axis.scatter(x + np.linspace(-0.15, 0.15, len(values)), values, s=18, color=colour, alpha=0.6)
-            if len(values):
-                axis.hlines(values.mean(), x - 0.25, x + 0.25, color=colour, linewidth=2)
-                axis.text(x + 0.28, values.mean(), f"{values.mean():.1f}", va="center", color=colour)
+            axis.hlines(values.mean(), x - 0.25, x + 0.25, color=colour, linewidth=2)
+            axis.text(x + 0.28, values.mean(), f"{values.mean():.1f}", va="center", color=colour)
         axis.set_xticks(range(3), [f"{net}, {utils.NORMS[net]}" for net in NETS])
-        axis.set(title=f"{name}, n = {len(rows[rows['study'] == study]) // 3} seeds a net", xlim=(-0.5, 2.7))
+        axis.set(title=f"{name_of(study, rows)}, {len(values)} seeds a net", xlim=(-0.5, 2.7))
         axis.grid(axis="y", alpha=0.3)
     axes[0].set_ylabel("test accuracy, %")
     return figure
@@ -152,8 +155,46 @@ def tuned(rows, setting="learning_rate", augment="none"):
 def augment_table(rows):
     """Markdown: the published result of each net with flip and crop."""
     augment = rows[rows["study"] == "augment"]
-    table = utils.summarise(augment.to_dict("records")).drop(columns="seconds a run")  # several ran at once
+    table = utils.summarise(augment.to_dict("records")).drop(columns="seconds a run, median")  # several ran at once
     return markdown(table) + f"\n\n{conditions(augment)}."
+
+
+def expectations(rows):
+    """Markdown: what a run takes and reaches, by machine: main on a GPU, short on a CPU, one after another."""
+    lines = []
+    for study, does in (("main", "3 seeds a net"), ("short", "1 seed a net, said to be short")):
+        chosen = rows[rows["study"] == study]
+        means = chosen.groupby("net")["test_accuracy"].mean()
+        lines.append(
+            {
+                "machine": chosen["device"].iloc[0] + (", 2 cores" if study == "short" else ""),
+                "torch": chosen["torch"].iloc[0].split("+")[0],
+                "runs by default": f"{does}, {chosen['epochs'].iloc[0]} epochs",
+                "seconds a run": f"{chosen['seconds'].min():.0f} to {chosen['seconds'].max():.0f}",
+                "test accuracy, %": ", ".join(f"{net} {mean:.1f}" for net, mean in means.items()),
+                "n": " and ".join(str(n) for n in sorted(chosen.groupby("net").size().unique())),
+            }
+        )
+    return markdown(pd.DataFrame(lines).set_index("machine"))
+
+
+def speed_table():
+    """Markdown: seconds an epoch by machine and path, and how many times as fast as the plain loop, from bench.py."""
+    bench = pd.read_csv(RUNS.with_name("bench.csv"))
+    bench = bench[bench["path"] != "scale"]
+    lines = []
+    for (device, path), rows in bench.groupby(["device", "path"], sort=False):
+        seconds = rows.set_index("net")["seconds_per_epoch"]
+        line = {"machine": device, "path": path} | {
+            net: f"{seconds[net]:.3g}" if net in seconds else "-" for net in NETS
+        }
+        for plain, name in (("ratio_plain_4", "plain-4 takes"), ("ratio_plain_0", "plain-0 takes")):
+            ratios = rows[plain].dropna()
+            line[name] = f"{ratios.min():.0f} to {ratios.max():.0f} times" if len(ratios) > 1 else "-"
+            if len(ratios) == 1:
+                line[name] = f"{ratios.iloc[0]:.0f} times"
+        lines.append(line)
+    return markdown(pd.DataFrame(lines).set_index("machine"))
 
 
 def conditions(rows):
@@ -162,6 +203,7 @@ def conditions(rows):
         [
             " and ".join(f"{n} epochs" for n in sorted(rows["epochs"].unique())),
             "augmentation: " + " and ".join(sorted(rows["augment"].unique())),
+            "weight decay " + " and ".join(f"{decay:g}" for decay in sorted(rows["weight_decay"].unique())),
             " and ".join(sorted(rows["device"].unique())),
             " and ".join(sorted(rows["precision"].unique())),
             "torch " + " and ".join(sorted(version.split("+")[0] for version in rows["torch"].unique())),
@@ -202,11 +244,24 @@ def finding(net, rows):
 def conclusion(rows):
     """Markdown: the differences between the nets, paired by seed."""
     lines = ["Differences in test accuracy, paired by seed:", ""]
-    for study, name in (("main", "without augmentation"), ("augment", "with flip and crop")):
+    for study in ("main", "augment"):
         chosen = rows[rows["study"] == study]
         pairs = (("NetA", "NetB"), ("NetA", "NetC"), ("NetC", "NetB"))
-        lines.append(f"- {name}: " + "; ".join(utils.compare(chosen, *pair) for pair in pairs))
+        lines.append(f"- {name_of(study, rows)}: " + "; ".join(utils.compare(chosen, *pair) for pair in pairs))
     return "\n".join(lines)
+
+
+def tuning(rows):
+    """Markdown: what a learning rate that is too high costs each net, on the held-out images."""
+    means = tuned(rows)
+    before, last = means.columns[-2:]
+    best = means.idxmax(axis=1)
+    same = ", ".join(f"{net} {means.loc[net, before] - means.loc[net, last]:.2f}" for net in NETS)
+    own = ", ".join(f"{net} {means.loc[net, best[net]] - means.loc[net, 2 * best[net]]:.2f}" for net in NETS)
+    return (
+        '"Hard to tune", in points of accuracy on the held-out images (n = 2): from a learning rate of '
+        f"{before} to {last} the nets lose {same}; from its own best rate to twice that, each loses {own}."
+    )
 
 
 def fill(text, blocks):
@@ -219,17 +274,20 @@ def fill(text, blocks):
 
 
 def report():
-    """Rewrite the generated parts of README.md and of the notebook from results/."""
+    """Rewrite the generated parts of README.md and of the notebook, and img/accuracy.png, from results/."""
     rows = utils.read_rows(RUNS)
     figure = plot_accuracy(rows)
     utils.save(Path("img/accuracy.png"), lambda temporary: figure.savefig(temporary, dpi=160))
     blocks = {
         "results": results_table(rows),
-        "tune": markdown(tuned(rows).map(TWO_DECIMALS)),
+        "expect": expectations(rows),
+        "tune": markdown(tuned(rows).map("{:.2f}".format)),
+        "tune-augment": markdown(tuned(rows, "weight_decay", "flip+crop").map("{:.2f}".format)),
         "augment": augment_table(rows),
+        "conclusion": conclusion(rows),
+        "tuning": tuning(rows),
+        "speed": speed_table(),
     }
-    blocks["conclusion"] = conclusion(rows)
-    blocks["tune-augment"] = markdown(tuned(rows, "weight_decay", "flip+crop").map(TWO_DECIMALS))
     for net in NETS:
         blocks |= {f"finding-{net}": finding(net, rows), f"mistakes-{net}": mistakes_text(net, rows)}
     readme, notebook = Path("README.md"), Path("s8.ipynb")
@@ -246,7 +304,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=STUDIES, help="run this list alone")
     parser.add_argument("--dry-run", action="store_true", help="say what is missing, run nothing")
-    parser.add_argument("--report", action="store_true", help="rewrite README.md's tables, run nothing")
+    parser.add_argument("--report", action="store_true", help="rewrite what is made from results/, run nothing")
     options = parser.parse_args()
     if options.report:
         report()

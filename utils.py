@@ -435,8 +435,8 @@ class PooledConvolution(nn.Module):
         if not x.is_cuda:
             return self.convolution(F.avg_pool2d(x, 2))
         # On CUDA the backward pass of avg_pool2d is slow with channels last.
-        rows = x.permute(0, 2, 3, 1).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
-        return self.convolution(rows.mean((2, 4)).permute(0, 3, 1, 2))
+        blocks = x.permute(0, 2, 3, 1).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
+        return self.convolution(blocks.mean((2, 4)).permute(0, 3, 1, 2))
 
 
 class ChannelsLastGroupNorm(nn.Module):
@@ -459,18 +459,21 @@ class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, groups, eps):
         n, channels, height, width = x.shape
+        size = x[0].numel() // groups
         if x.is_cuda:
-            size = x[0].numel() // groups
-            mean = sums(x, groups).sum(2, keepdim=True) / size
-            norms = torch.linalg.vector_norm(x, dim=(2, 3), dtype=torch.float32).view(n, groups, -1)
-            variance = norms.square().sum(2, keepdim=True) / size - mean.square()
-            rstd = (variance + eps).rsqrt()
-            scale = weight.view(groups, -1) * rstd
-            shift = bias.view(groups, -1) - mean * scale
-            y = torch.addcmul(per_channel(shift, x), x, per_channel(scale, x))
+            mean = channel_sums(x, groups).sum(2, keepdim=True) / size
         else:
             y, mean, rstd = torch.native_group_norm(x, weight, bias, n, channels, height * width, groups, eps)
             mean, rstd = mean[..., None], rstd[..., None]
+        # With the mean taken off first, little is left for bfloat16 to round, here and in the backward pass.
+        rounded = mean.to(x.dtype)
+        x, mean = x - per_channel(rounded, x), mean - rounded.float()
+        if x.is_cuda:
+            norms = torch.linalg.vector_norm(x, dim=(2, 3), dtype=torch.float32).view(n, groups, -1)  # reads x once
+            variance = norms.square().sum(2, keepdim=True) / size - mean.square()
+            rstd = (variance + eps).rsqrt()
+            scale = weight.view(groups, -1) * rstd
+            y = torch.addcmul(per_channel(bias.view(groups, -1) - mean * scale, x), x, per_channel(scale, x))
         ctx.save_for_backward(x, weight, mean, rstd)
         return y
 
@@ -479,26 +482,26 @@ class _GroupNorm(torch.autograd.Function):
         x, weight, mean, rstd = ctx.saved_tensors
         groups = mean.shape[1]
         size, weight = x[0].numel() // groups, weight.view(groups, -1)
-        total = sums(gradient, groups)
-        product = (sums(gradient * x, groups) - mean * total) * rstd  # of the gradient and the normalised x
+        total = channel_sums(gradient, groups)
+        product = (channel_sums(gradient * x, groups) - mean * total) * rstd  # of the gradient and the normalised x
         a = weight * rstd
         b = -(weight * product).sum(2, keepdim=True) / size * rstd.square()
         c = -(weight * total).sum(2, keepdim=True) / size * rstd - mean * b
-        b, c = b.expand_as(a), c.expand_as(a)
         result = torch.addcmul(per_channel(c, x), x, per_channel(b, x)).addcmul_(gradient, per_channel(a, x))
         return result, product.sum(0).flatten(), total.sum(0).flatten(), None, None
 
 
-def sums(x, groups):
+def channel_sums(x, groups):
     """(N, C, H, W) to float32 sums over H and W, (N, groups, C / groups)."""
-    # On a CPU, asking for the type copies x first; it adds up in float32 all the same.
+    # On a CPU, asking for float32 would copy x first; it adds up in float32 all the same and rounds the sums.
     total = x.sum((2, 3), dtype=torch.float32) if x.is_cuda else x.sum((2, 3)).float()
     return total.view(len(x), groups, -1)
 
 
 def per_channel(values, x):
-    """(N, groups, C / groups) to what multiplies (N, C, H, W), in the type of x."""
-    return values.reshape(len(x), -1, 1, 1).to(x.dtype)
+    """(N, groups, C / groups) or (N, groups, 1) to what (N, C, H, W) is added to or multiplied by, in the type of x."""
+    n, channels = x.shape[:2]
+    return values.expand(n, -1, channels // values.shape[1]).reshape(n, channels, 1, 1).to(x.dtype)
 
 
 def working_copy(net, dtype):
@@ -514,15 +517,26 @@ def working_copy(net, dtype):
     return copied
 
 
+def compiled(model, images):
+    """`model` under torch.compile, tried on `images`; `model` itself, after one line that says so, where that fails."""
+    try:
+        # A copy is tried: the first call would change batch norm's averages. What was compiled serves every net alike.
+        torch.compile(copy.deepcopy(model), dynamic=False)(images).sum().backward()
+    except Exception as error:  # of many kinds: no C compiler, no Triton, a GPU that is too old
+        print(f"torch.compile does not work here, going on without it: {str(error).strip().splitlines()[0]}")
+        return model
+    return torch.compile(model, dynamic=False)
+
+
 class Trainer:
     """A net being trained: `step` is the whole step, from the indices of a batch to the new weights.
 
     Everything that changes lives in tensors on the device, so nothing has to come back to the host within an epoch,
-    and on CUDA one step is recorded once as a graph and replayed. Weights are float32; a working copy in `dtype`
-    computes logits and gradients. ValueError when a batch is larger than the training split.
+    and on CUDA, unless `capture` is False, one step is recorded once as a graph and replayed. Weights are float32; a
+    working copy in `dtype` computes logits and gradients. ValueError when a batch is larger than the training split.
     """
 
-    def __init__(self, net, data, settings):
+    def __init__(self, net, data, settings, compile=False, capture=True):
         torch.backends.cudnn.deterministic = True  # costs nothing measurable here
         device = data.images.device
         self.net, self.data, self.settings = net, data, settings
@@ -545,7 +559,9 @@ class Trainer:
         self.sums = torch.zeros(2, device=device)  # over the epoch so far: loss, share of right answers
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.on_stream = functools.partial(torch.cuda.stream, self.stream) if self.stream else contextlib.nullcontext
-        self.replay = self.capture() if self.stream else self.step
+        if compile:
+            self.model = compiled(self.model, self.batch()[0])
+        self.replay = self.capture() if self.stream and capture else self.step
 
     def batch(self):
         """Standardised images (B, 3, 32, 32) and labels (B,) of the step that `now` tells."""
@@ -631,15 +647,21 @@ def build(net, settings, **options):
 HISTORY = ("epoch", "loss", "train_accuracy", "test_accuracy", "learning_rate", "seconds")
 
 
-def train(net, data, settings, label="", track=True):
+def train(net, data, settings, label="", track=True, compile=False):
     """Train `net` in place on `data`, under one progress bar; it ends on the data's device.
+
+    compile  use torch.compile: a faster epoch after some seconds that the first run of a net takes once
 
     Returns its history, a dict per epoch: epoch (from 1), loss (with label smoothing) and train_accuracy (both while
     training), test_accuracy (nan unless `track`), learning_rate (of the last step), seconds (of training alone).
     The same settings, machine, torch and thread count give the same weights, bit for bit.
     """
-    trainer = Trainer(net, data, settings)
     history = []
+    try:
+        trainer = Trainer(net, data, settings, compile)
+    except torch.OutOfMemoryError:
+        said = f"batch_size is {settings.batch_size}: that takes more than the memory of {data.images.device}"
+        raise MemoryError(f"{said}; try {max(1, settings.batch_size // 2)}") from None
     form = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}{postfix}"
     with tqdm(total=trainer.steps * settings.epochs, desc=label, file=sys.stdout, bar_format=form) as bar:
         for epoch in range(1, settings.epochs + 1):
@@ -714,6 +736,8 @@ def run(name, data, settings, study="main", track=True):
 def finish(name, net, data, settings, history, study, seconds):
     """Score a trained net and make its `Run`; `seconds` is what its training took."""
     scores = test(net, data.test_images, data.test_labels)
+    if study == "main" and settings.epochs < Settings.epochs:
+        study = "short"
     row = {
         "study": study if data.real else "stand-in",
         "net": name,
@@ -865,9 +889,9 @@ def mistakes_of(net, scores, data):
 
 
 def describe_mistakes(net, mistakes, runs):
-    """Three sentences on one net's mistakes, as Markdown: its confused pairs, what it shares, where it could improve.
+    """Sentences on one net's mistakes, as Markdown: its confused pairs, what it shares, where it could improve.
 
-    mistakes  rows of `mistakes_of` for one net or for all three; the second sentence needs all three
+    mistakes  rows of `mistakes_of` for one net or for all three; the second of three sentences needs all three
     runs      rows of results/runs.csv; those of `net` back the third sentence
     """
     own = mistakes[mistakes["net"] == net]
@@ -884,7 +908,7 @@ def describe_mistakes(net, mistakes, runs):
             f"All three nets get {shared:.0f} % of these images wrong, and {alone:.0f} % {net} alone does."
         )
     own_runs = runs[(runs["net"] == net) & (runs["split"] == "test")]
-    main = own_runs[own_runs["study"].isin(("main", "stand-in"))]
+    main = own_runs[own_runs["study"].isin(("main", "short", "stand-in"))]
     augmented = own_runs[(own_runs["study"] == "augment") & own_runs["epochs"].isin(main["epochs"])]
     hard = " and ".join(f"{name} ({count} wrong)" for name, count in own["true"].value_counts().head(2).items())
     trained, tested = (main[f"{split}_accuracy"].astype(float).mean() for split in ("train", "test"))
@@ -892,7 +916,11 @@ def describe_mistakes(net, mistakes, runs):
     text += f" points more than on the test images (n = {len(main)})"
     if len(augmented):
         by_seed = [part.set_index("seed")["test_accuracy"].astype(float) for part in (augmented, main)]
-        text += f", and flip and crop change its test accuracy by {paired(*by_seed)}"
+        decays = [part["weight_decay"].iloc[0] for part in (augmented, main)]
+        text += ", and flip and crop, with a weight decay of {} instead of {}, change its test accuracy by ".format(
+            *decays
+        )
+        text += paired(*by_seed)
     return " ".join([*sentences, text + "."])
 
 
@@ -940,7 +968,7 @@ def summarise(rows):
                 "test accuracy, mean": f"{tested.mean():.2f}",
                 "std": f"{tested.std():.2f}" if len(group) > 1 else "-",
                 "n": len(group),
-                "seconds a run": f"{group['seconds'].median():.1f}",
+                "seconds a run, median": f"{group['seconds'].median():.1f}",
             }
         )
     return pd.DataFrame(lines).set_index("net")
@@ -953,8 +981,15 @@ def compare(rows, first, second):
 
 
 def paired(first, second):
-    """Mean of first minus second (Series by seed; shared seeds count), with its 95 % t interval, as text."""
+    """Mean of first minus second (Series by seed; shared seeds count), with its 95 % t interval, as text.
+
+    ValueError when a seed is there twice, or none is shared.
+    """
+    if first.index.has_duplicates or second.index.has_duplicates:
+        raise ValueError("a seed has more than one row; compare rows of the same settings")
     first, second = first.align(second, join="inner")
+    if len(first) == 0:
+        raise ValueError("no seed is in both sets of rows")
     difference = (first - second).mean()
     if len(first) < 2:
         return f"{difference:+.2f} points (one seed: no interval)"

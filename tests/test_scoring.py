@@ -122,6 +122,7 @@ def test_confusion_against_an_independent_count():
 def rows_of(net, accuracies):
     return [
         {"study": "main", "net": net, "norm": "batch", "split": "test", "seed": seed, "parameters": 48_042}
+        | {"weight_decay": 0.5}
         | {"epochs": 20, "train_accuracy": 95.0, "test_accuracy": accuracy, "seconds": 5.0}
         for seed, accuracy in enumerate(accuracies)
     ]
@@ -166,6 +167,15 @@ def test_overlap():
     assert utils.overlap(MISTAKES).to_dict() == {"NetA only": 2, "NetA and NetB": 1, "NetA, NetB and NetC": 1}
 
 
+def test_only_what_can_be_paired_is_paired():
+    accuracies = pd.Series([86.0, 87.0, 88.0], index=[0, 1, 2])
+    assert utils.paired(accuracies, accuracies - [1, 1.5, 0.5]).startswith("+1.00 points (95 % interval ")
+    with pytest.raises(ValueError, match="a seed has more than one row"):
+        utils.paired(accuracies.set_axis([0, 1, 0]), accuracies)
+    with pytest.raises(ValueError, match="no seed is in both sets of rows"):
+        utils.paired(accuracies, accuracies.set_axis([3, 4, 5]))
+
+
 def test_three_sentences_are_counts():
     rows = pd.DataFrame(rows_of("NetA", [86.0, 87.0]))
     text = utils.describe_mistakes("NetA", MISTAKES, rows)
@@ -173,8 +183,9 @@ def test_three_sentences_are_counts():
     assert "All three nets get 25 % of these images wrong, and 50 % NetA alone does." in text
     assert "improve most on cat (2 wrong) and" in text
     assert "95.0 % on the training images, 8.5 points more than on the test images (n = 2)." in text
-    better = pd.concat([rows, rows.assign(study="augment", test_accuracy=[88.0, 89.5])])
-    said = "and flip and crop change its test accuracy by +2.25 points (95 % interval -0.93 to +5.43, n = 2)."
+    better = pd.concat([rows, rows.assign(study="augment", weight_decay=0.1, test_accuracy=[88.0, 89.5])])
+    said = "flip and crop, with a weight decay of 0.1 instead of 0.5, change its test accuracy by +2.25 points "
+    said += "(95 % interval -0.93 to +5.43, n = 2)."
     assert said in utils.describe_mistakes("NetA", MISTAKES, better)
     other = better.assign(epochs=[20, 20, 5, 5])
     assert "flip" not in utils.describe_mistakes("NetA", MISTAKES, other)

@@ -1,6 +1,7 @@
 import copy
 import math
 import os
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -346,3 +347,38 @@ def test_precision(monkeypatch):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda feature=feature: {feature: True})
         assert utils.pick_precision(torch.device("cpu")) == dtype
     assert utils.pick_precision(torch.device("mps")) == torch.float32
+
+
+def test_without_a_compiler_training_goes_on(small, monkeypatch, capsys):
+    def no_compiler(model, **options):
+        def fail(images):
+            raise RuntimeError("no C compiler\nand much more")
+
+        return fail
+
+    expected, _ = trained(small, "NetA")
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    net = utils.build("NetA", SHORT)
+    utils.train(net, small, SHORT, compile=True)
+    said = "torch.compile does not work here, going on without it: no C compiler\n"
+    assert said in capsys.readouterr().out
+    assert all(torch.equal(expected[name], value) for name, value in net.state_dict().items())
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+def test_compiled_and_eager_agree(small):
+    expected, history = trained(small, "NetB", replace(SHORT, epochs=1))
+    net = utils.build("NetB", SHORT)
+    compiled = utils.train(net, small, replace(SHORT, epochs=1), compile=True)
+    assert compiled[0]["loss"] == pytest.approx(history[0]["loss"], abs=0.01)
+    for name, value in net.state_dict().items():
+        assert (value - expected[name]).norm() < 0.05 * expected[name].norm() + 1e-3
+
+
+def test_out_of_memory(small, monkeypatch):
+    def fail(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(utils.Trainer, "__init__", fail)
+    with pytest.raises(MemoryError, match="batch_size is 100: that takes more than the memory of cpu; try 50"):
+        trained(small)

@@ -1,0 +1,354 @@
+"""Seconds, bytes and ratios: this project's training beside the plain loop that notebooks like it use.
+
+    python bench.py            measure, write results/bench.csv, print the table
+    python bench.py --scale    measure over batch sizes, widths and numbers of images; draw img/scaling.png
+    python bench.py --check    compare the weights that the eager, captured and compiled steps reach
+
+Needs CIFAR-10. An epoch is every training image once, forward, backward and update, without evaluation. The paths:
+
+    plain-0, plain-4  torchvision's dataset, ToTensor and Normalize in a DataLoader with 0 or 4 workers, batch 128,
+                      float32, SGD, loss and accuracy fetched in each step
+    eager             utils.train's step, one kernel launched after another
+    captured          the same, recorded as a CUDA graph: what utils.train does on a GPU
+    compiled          the same, the net under torch.compile: utils.train(..., compile=True)
+    captured-3        captured, three nets at once on one GPU, as in study.py: seconds per net and epoch
+
+On a CPU there is nothing to capture: eager is what utils.train does. The rows of --scale have the path "scale".
+"""
+
+import argparse
+import contextlib
+import io
+import itertools
+import math
+import statistics
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision import transforms
+from torchvision.datasets import CIFAR10
+
+import models
+import utils
+from utils import Settings
+
+BENCH = Path("results/bench.csv")
+NETS = ("NetA", "NetB", "NetC")
+PLAIN_BATCH = 128
+
+
+def settings_of(net, **changes):
+    """The published settings of a net, with changes."""
+    return Settings(**{"learning_rate": utils.LEARNING_RATES[net], **changes})
+
+
+class Plain:
+    """The plain loop. `epoch` gives the seconds of an epoch, from `images` of the training images if not from all."""
+
+    def __init__(self, name, device, workers, images, root="data"):
+        steps = [transforms.ToTensor(), transforms.Normalize(models.MEAN.flatten(), models.STD.flatten())]
+        dataset = CIFAR10(root, transform=transforms.Compose(steps))
+        self.loader = torch.utils.data.DataLoader(dataset, PLAIN_BATCH, shuffle=True, num_workers=workers)
+        self.steps = math.ceil(images / PLAIN_BATCH)
+        self.net = utils.build(name, Settings()).to(device).train()
+        self.optimizer = torch.optim.SGD(self.net.parameters(), 0.05, momentum=0.9)
+        self.device = device
+
+    def epoch(self):
+        right = seen = 0
+        start = time.perf_counter()
+        for images, labels in itertools.islice(self.loader, self.steps):
+            images, labels = images.to(self.device), labels.to(self.device)
+            self.optimizer.zero_grad()
+            logits = self.net(images)
+            loss = F.cross_entropy(logits, labels)
+            loss.backward()
+            self.optimizer.step()
+            right += (logits.argmax(1) == labels).sum().item()
+            seen += len(labels)
+            loss.item(), right / seen  # what such loops show in their progress bar
+        return (time.perf_counter() - start) * len(self.loader) / self.steps
+
+
+class Fast:
+    """`utils.Trainer` on one net, or on `at_once` of them in turn; `epoch` gives the seconds of an epoch of one net.
+
+    setup_seconds is what came before the first epoch, peak_memory_mib the most GPU memory that it needed.
+    """
+
+    def __init__(self, name, data, settings, images, compile=False, capture=True, width=1, at_once=1):
+        self.device = data.images.device
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated() - data.images.nbytes - data.test_images.nbytes
+        start = time.perf_counter()
+        widths = tuple(width * channels for channels in models.WIDTHS)
+        nets = [utils.build(name, settings, widths=widths) for _ in range(at_once)]
+        self.trainers = [utils.Trainer(net, data, settings, compile, capture) for net in nets]
+        synchronise(self.device)
+        self.setup_seconds = time.perf_counter() - start
+        self.steps = images // settings.batch_size
+        self.epoch()
+        self.peak_memory_mib = ""
+        if self.device.type == "cuda":
+            self.peak_memory_mib = round((torch.cuda.max_memory_allocated() - before) / 2**20)
+
+    def epoch(self):
+        start = time.perf_counter()
+        for trainer in self.trainers:
+            for _ in itertools.islice(trainer.epoch(), self.steps):
+                pass
+        for trainer in self.trainers:
+            trainer.means()  # waits for the device
+        return (time.perf_counter() - start) * trainer.steps / self.steps / len(self.trainers)
+
+
+def step_bytes(net, batch_size, bytes_each=2):
+    """Bytes that one step moves through memory when each operation reads its inputs and writes its outputs once.
+
+    Counts activations and their gradients, layer by layer; weights are far smaller. Forward, a convolution reads and
+    writes, a norm reads twice (statistics, then values) and writes, an activation and a pool read and write. Backward,
+    a convolution reads the gradient twice and its input once and writes a gradient; a norm reads gradient and input
+    twice and writes; an activation reads gradient and input and writes; a pool reads and writes.
+    """
+    sizes, total = {}, 0
+    hooks = [
+        m.register_forward_hook(lambda m, x, y: sizes.update({m: (x[0].numel(), y.numel())})) for m in net.modules()
+    ]
+    with torch.no_grad():
+        net.eval()(torch.zeros(1, 3, 32, 32, device=next(net.parameters()).device))
+    for hook in hooks:
+        hook.remove()
+    for module, (read, written) in sizes.items():
+        if isinstance(module, nn.Conv2d):
+            total += read + written + 2 * written + 2 * read
+        elif isinstance(module, nn.BatchNorm2d | nn.GroupNorm):
+            total += 3 * read + 5 * read
+        elif isinstance(module, nn.SiLU):
+            total += 2 * read + 3 * read
+        elif isinstance(module, nn.AvgPool2d | nn.AdaptiveAvgPool2d):
+            total += 2 * (read + written)
+    return total * batch_size * bytes_each
+
+
+def copy_bandwidth(device):
+    """Bytes per second of a large copy on the device, read and written: the fastest that memory is seen to go."""
+    source = torch.randn(2**28 if device.type == "cuda" else 2**26, device=device)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(10):
+        synchronise(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        synchronise(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * source.numel() * source.element_size() / statistics.median(seconds)
+
+
+def synchronise(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def launches(trainer):
+    """Kernels, copies and fills that one step starts on the GPU, counted by the profiler; "" on a CPU."""
+    if trainer.stream is None:
+        return ""
+    trainer.now.zero_()
+    trainer.means()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        with trainer.on_stream():
+            trainer.replay()
+        trainer.means()
+    return sum(event.count for event in profile.key_averages())
+
+
+def row_of(data, path, net, seconds, settings, width=1, **more):
+    """A row for results/bench.csv."""
+    device = data.images.device
+    return {
+        "device": utils.device_name(device),
+        "torch": torch.__version__,
+        "path": path,
+        "net": net,
+        "batch_size": PLAIN_BATCH if path.startswith("plain") else settings.batch_size,
+        "width": width,
+        "train_images": len(data.images),
+        "seconds_per_epoch": round(statistics.median(seconds), 4),
+        "seconds_min": round(min(seconds), 4),
+        "seconds_max": round(max(seconds), 4),
+        "warmup_seconds": "",
+        "compile_seconds": "",
+        "run_seconds": "",
+        "peak_memory_mib": "",
+        "ratio_plain_0": "",
+        "ratio_plain_4": "",
+        "dram_model_seconds": "",
+        "launches_per_step": "",
+        "precision": "float32" if path.startswith("plain") else str(utils.pick_precision(device)).split(".")[1],
+        "commit": utils.commit(),
+    } | more
+
+
+KEY = ["device", "path", "net", "batch_size", "width", "train_images"]
+
+
+def run_seconds(net, data, compile):
+    """Seconds of a 20-epoch run that is not the first of its net, from the call of `train` to its history."""
+    settings = settings_of(net, seed=1)
+    made = utils.build(net, settings)
+    start = time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()):
+        utils.train(made, data, settings, compile=compile)
+    return time.perf_counter() - start
+
+
+def bench(data, epochs):
+    """Measure every path of every net on the data's device, plain and fast epochs in turn; a list of rows.
+
+    On a CPU each measurement is of a fifth of an epoch, scaled up.
+    """
+    device = data.images.device
+    bandwidth = copy_bandwidth(device)
+    images = len(data.images) if device.type == "cuda" else len(data.images) // 5
+    fast_paths = {"eager": {"capture": False}, "compiled": {"compile": True}}
+    if device.type == "cuda":
+        fast_paths |= {"captured": {}, "captured-3": {"at_once": 3}}
+    rows = []
+    for net in NETS:
+        settings = settings_of(net)
+        loops = {path: Fast(net, data, settings, images, **options) for path, options in fast_paths.items()}
+        loops["plain-4"] = Plain(net, device, 4, images)
+        if net == "NetA":  # the others would wait for the same loader
+            loops["plain-0"] = Plain(net, device, 0, images)
+        seconds = {path: [] for path in loops}
+        for _ in range(epochs):
+            for path, loop in loops.items():
+                seconds[path].append(loop.epoch())
+        medians = {path: statistics.median(values) for path, values in seconds.items()}
+        for path, loop in loops.items():
+            measured = {}
+            if isinstance(loop, Fast):
+                trainer, compiling = loop.trainers[0], path == "compiled"
+                bytes_moved = step_bytes(utils.build(net, settings), settings.batch_size) * trainer.steps
+                measured = {
+                    "compile_seconds" if compiling else "warmup_seconds": round(loop.setup_seconds, 2),
+                    "peak_memory_mib": loop.peak_memory_mib,
+                    "dram_model_seconds": round(bytes_moved / bandwidth, 4),
+                    "launches_per_step": launches(trainer),
+                }
+                for plain in {"plain-0", "plain-4"} & medians.keys():
+                    measured[f"ratio_{plain.replace('-', '_')}"] = round(medians[plain] / medians[path], 1)
+                if device.type == "cuda" and path in ("captured", "compiled"):
+                    measured["run_seconds"] = round(run_seconds(net, data, compiling), 2)
+            rows.append(row_of(data, path, net, seconds[path], settings, **measured))
+            print(f"{path:10} {net} {medians[path]:8.3f} s an epoch", flush=True)
+        del loops, loop, trainer
+    return rows
+
+
+def scale(data, epochs):
+    """Rows of the step that `train` takes by itself, over batch sizes, widths and training images, one at a time."""
+    device = data.images.device
+    bandwidth = copy_bandwidth(device)
+    standard = Settings.batch_size
+    cases = [(size, 1, 50_000) for size in (64, 128, 256, standard, 1024, 2048, 4096)]
+    cases += [(standard, width, 50_000) for width in (2, 4)]
+    cases += [(standard, 1, images) for images in (5_000, 10_000, 20_000)]
+    rows = []
+    for net, (size, width, images) in itertools.product(("NetA", "NetC"), cases):
+        some = utils.replace(data, images=data.images[:images], labels=data.labels[:images])
+        settings = settings_of(net, batch_size=size)
+        loop = Fast(net, some, settings, images if device.type == "cuda" else max(size, 4000), width=width)
+        seconds = [loop.epoch() for _ in range(epochs)]
+        widths = tuple(width * channels for channels in models.WIDTHS)
+        bytes_moved = step_bytes(utils.build(net, settings, widths=widths), size) * loop.trainers[0].steps
+        measured = {
+            "peak_memory_mib": loop.peak_memory_mib,
+            "dram_model_seconds": round(bytes_moved / bandwidth, 4),
+            "launches_per_step": launches(loop.trainers[0]),
+        }
+        rows.append(row_of(some, "scale", net, seconds, settings, width, **measured))
+        print(f"{net} batch {size} width {width} images {images}: {statistics.median(seconds):.3f} s", flush=True)
+    return rows
+
+
+def plot_scaling(rows):
+    """Seconds an epoch against batch size, width and training images, with the memory model's share below."""
+    device = rows["device"].iloc[0]
+    panels = {
+        "batch_size": ("images a batch", {"width": 1, "train_images": 50_000}),
+        "width": ("times the published widths", {"batch_size": Settings.batch_size, "train_images": 50_000}),
+        "train_images": ("training images", {"batch_size": Settings.batch_size, "width": 1}),
+    }
+    figure, axes = plt.subplots(1, 3, figsize=(10, 3.6), layout="constrained", sharey=True)
+    figure.suptitle(f"Seconds an epoch, {device}: solid measured, dotted what its bytes would take at copy speed")
+    for axis, (column, (name, fixed)) in zip(axes, panels.items(), strict=True):
+        for net in ("NetA", "NetC"):
+            chosen = rows[rows["net"] == net]
+            for key, value in fixed.items():
+                chosen = chosen[chosen[key] == value]
+            chosen, colour = chosen.sort_values(column), utils.COLOURS[utils.NORMS[net]]
+            axis.plot(
+                chosen[column], chosen["seconds_per_epoch"], "o-", color=colour, label=f"{net}, {utils.NORMS[net]}"
+            )
+            axis.plot(chosen[column], chosen["dram_model_seconds"], ":", color=colour)
+        axis.set(xlabel=name, xscale="log", yscale="log")
+        axis.set_xticks(ticks := sorted(chosen[column].unique()), [f"{tick:,}" for tick in ticks], fontsize=8)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("seconds")
+    axes[0].legend(frameon=False)
+    return figure
+
+
+def check(data):
+    """The largest difference in a weight, relative to the largest weight, between paths after two epochs, per net."""
+    few = utils.replace(data, images=data.images[:10_000], labels=data.labels[:10_000])
+    for net in utils.NORMS:
+        weights = {}
+        for path, options in {"eager": {"capture": False}, "captured": {}, "compiled": {"compile": True}}.items():
+            settings = Settings(epochs=2, augment="flip+crop")
+            made = utils.build(net, settings)
+            trainer = utils.Trainer(made, few, settings, **options)
+            for _ in range(2):
+                for _ in trainer.epoch():
+                    pass
+            loss, _ = trainer.means()
+            weights[path] = torch.cat([p.detach().flatten() for p in made.parameters()]), loss
+        eager, loss = weights["eager"]
+        for path, (other, other_loss) in weights.items():
+            apart = ((other - eager).norm() / eager.norm()).item()
+            print(f"{net} {path:8}: loss {other_loss:.4f}, weights {apart:.1e} from eager's (relative norm)")
+            if (path == "captured" and apart > 0) or abs(other_loss - loss) > 0.05:
+                raise SystemExit(f"{net}: the {path} step does not compute what the eager one does")
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", action="store_true", help="measure over batch sizes, widths and images instead")
+    parser.add_argument("--check", action="store_true", help="compare the paths' weights instead")
+    parser.add_argument("--epochs", type=int, default=5, help="epochs of each path, of which the median counts")
+    options = parser.parse_args(arguments)
+    start = time.perf_counter()
+    data = utils.load_data(utils.pick_device(), "cifar10")
+    synchronise(data.images.device)
+    print(f"{utils.device_name(data.images.device)}: CIFAR-10 from disk to device {time.perf_counter() - start:.2f} s")
+    if options.check:
+        check(data)
+        return
+    rows = scale(data, options.epochs) if options.scale else bench(data, options.epochs)
+    utils.put_rows(BENCH, rows, KEY)
+    print(pd.DataFrame(rows).drop(columns=["device", "torch", "commit"]).to_string(index=False))
+    if options.scale:
+        figure = plot_scaling(pd.DataFrame(rows))
+        utils.save(Path("img/scaling.png"), lambda temporary: figure.savefig(temporary, dpi=160))
+
+
+if __name__ == "__main__":
+    main()
