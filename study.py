@@ -27,6 +27,7 @@ from utils import LEARNING_RATES, Settings
 
 RUNS = Path("results/runs.csv")
 NETS = ("NetA", "NetB", "NetC")
+PATHS = ("plain-0", "plain-4", "eager", "captured", "captured-3", "compiled")  # of bench.py, as the README lists them
 AT_ONCE = 3  # runs that share a GPU: while one waits for its small kernels, another computes
 
 AUGMENTED_WEIGHT_DECAY = (
@@ -181,19 +182,19 @@ def expectations(rows):
 def speed_table():
     """Markdown: seconds an epoch by machine and path, and how many times as fast as the plain loop, from bench.py."""
     bench = pd.read_csv(RUNS.with_name("bench.csv"))
-    bench = bench[bench["path"] != "scale"]
     lines = []
-    for (device, path), rows in bench.groupby(["device", "path"], sort=False):
+    for (device, path), rows in bench.groupby(["device", "path"]):
+        if path not in PATHS:
+            continue
         seconds = rows.set_index("net")["seconds_per_epoch"]
         line = {"machine": device, "path": path} | {
             net: f"{seconds[net]:.3g}" if net in seconds else "-" for net in NETS
         }
         for plain, name in (("ratio_plain_4", "plain-4 takes"), ("ratio_plain_0", "plain-0 takes")):
             ratios = rows[plain].dropna()
-            line[name] = f"{ratios.min():.0f} to {ratios.max():.0f} times" if len(ratios) > 1 else "-"
-            if len(ratios) == 1:
-                line[name] = f"{ratios.iloc[0]:.0f} times"
+            line[name] = f"{ratios.min():.3g} to {ratios.max():.3g} times" if len(ratios) else "-"
         lines.append(line)
+    lines.sort(key=lambda line: (line["machine"].startswith("cpu"), PATHS.index(line["path"])))
     return markdown(pd.DataFrame(lines).set_index("machine"))
 
 
