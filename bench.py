@@ -251,6 +251,7 @@ def bench(data, epochs):
                     measured["run_seconds"] = round(run_seconds(net, data, compiling), 2)
             rows.append(row_of(data, path, net, seconds[path], settings, **measured))
             print(f"{path:10} {net} {medians[path]:8.3f} s an epoch", flush=True)
+        utils.put_rows(BENCH, rows, KEY)  # a net's rows are kept whatever happens to the next one
     return rows
 
 
