@@ -227,7 +227,8 @@ def mistakes_text(net, rows):
     """Markdown: the three sentences on a net's mistakes, and its grid."""
     picture = f"![Ten images that {net} gets wrong, with true and predicted class](img/{utils.NORMS[net]}.png)"
     mistakes = pd.read_csv(RUNS.with_name("mistakes.csv"))
-    return f"{utils.describe_mistakes(net, mistakes, rows)}\n\n{picture}"
+    published = rows[rows["study"].isin(("main", "augment"))]
+    return f"{utils.describe_mistakes(net, mistakes, published)}\n\n{picture}"
 
 
 def finding(net, rows):
