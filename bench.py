@@ -13,6 +13,22 @@ Needs CIFAR-10. An epoch is every training image once, forward, backward and upd
     compiled          the same, the net under torch.compile: utils.train(..., compile=True)
     captured-3        captured, three nets at once on one GPU, as in study.py: seconds per net and epoch
 
+What was tried on an H100, batch 500, seconds an epoch (NetA, NetB, NetC) of the captured step unless it says otherwise:
+
+    first version: padded Newton-Schulz stack, group norm in channels first     .256  .303  .309
+    1x1 convolutions after their pool, pool as a mean over 2x2 blocks: kept     .226  .287  .293
+    the same pool and convolution as one convolution of stride 2                .229  .296  .298
+    F.avg_pool2d first, whose backward pass is slow in channels last            .260  .307  .314
+    group norm in channels last, float32 parameters: kept (CPU: 23 s to 16 s)      -  .302  .314
+    layer norm on rows of C*H*W values, scale and shift apart                      -  .261     -
+    torch.compile of the net, norms as in the captured step: "compiled"        .190  .191  .189
+    torch.compile of the net with PyTorch's own group norm                      .188  .219  .232
+    gradients copied to float32 in one call                                     .224  .286  .293
+    colours padded to 8 or 4 channels in C1                                     .233     -     -
+    batch norm's statistics on 4 or 8 neighbouring pixels a row                 .221     -     -
+    cudnn.benchmark                                                             .226     -  .293
+    batch 1,000 (accuracy falls), batch 250                              .190, .282  -  .219, .456
+
 On a CPU there is nothing to capture: eager is what utils.train does. The rows of --scale have the path "scale".
 """
 

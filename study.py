@@ -132,7 +132,9 @@ def plot_accuracy(rows):
     """Test accuracy of every published run, a column of points per net, without and with flip and crop; bars: means."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
     main = rows[rows["study"] == "main"].iloc[0]
-    figure.suptitle(f"CIFAR-10 test accuracy after {main['epochs']} epochs, {main['parameters']:,} parameters")
+    figure.suptitle(
+        f"CIFAR-10 test accuracy after {main['epochs']} epochs, {main['parameters']:,} parameters, a point per seed"
+    )
     for axis, study in zip(axes, ("main", "augment"), strict=True):
         for x, net in enumerate(NETS):
             values = rows[(rows["study"] == study) & (rows["net"] == net)]["test_accuracy"].to_numpy(float)
@@ -141,7 +143,7 @@ def plot_accuracy(rows):
             axis.hlines(values.mean(), x - 0.25, x + 0.25, color=colour, linewidth=2)
             axis.text(x + 0.28, values.mean(), f"{values.mean():.1f}", va="center", color=colour)
         axis.set_xticks(range(3), [f"{net}, {utils.NORMS[net]}" for net in NETS])
-        axis.set(title=f"{name_of(study, rows)}, {len(values)} seeds a net", xlim=(-0.5, 2.7))
+        axis.set(title=f"{name_of(study, rows)}, n = {len(values)}", xlim=(-0.5, 2.7))
         axis.grid(axis="y", alpha=0.3)
     axes[0].set_ylabel("test accuracy, %")
     return figure
