@@ -10,9 +10,12 @@ Needs CIFAR-10. A run that is finished is in results/runs.csv at once, and skipp
 """
 
 import argparse
+import itertools
+import math
 import os
 import re
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -20,63 +23,269 @@ import nbformat
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 from tqdm import tqdm
 
+import models
 import utils
 from utils import LEARNING_RATES, Settings
 
 RUNS = Path("results/runs.csv")
 NETS = ("NetA", "NetB", "NetC")
+ALL = (*NETS, "Net")  # with the control, which has no statistics
 PATHS = ("plain-0", "plain-4", "eager", "captured", "captured-3", "compiled")  # of bench.py, as the README lists them
 AT_ONCE = 3  # runs that share a GPU: while one waits for its small kernels, another computes
-
 AUGMENTED_WEIGHT_DECAY = (
     0.1  # with flip and crop: best on the validation split, over the three nets; see the study tune
 )
 
-# name: (split, list of (net, settings)); the test split is for what is published, the validation split for choices
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Variants of the published nets and of their training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sgd(net, learning_rate, weight_decay, momentum, dtype):
+    """SGD with Nesterov momentum; only the convolutions decay, as an L2 term in the gradient."""
+    return torch.optim.SGD(groups(net, weight_decay), learning_rate, momentum, nesterov=True)
+
+
+def adamw(net, learning_rate, weight_decay, momentum, dtype):
+    """AdamW (Loshchilov & Hutter 2019); only the convolutions decay. `momentum` is its beta 1."""
+    betas = (momentum, 0.999)
+    return torch.optim.AdamW(groups(net, weight_decay), learning_rate, betas, capturable=learning_rate.is_cuda)
+
+
+def groups(net, weight_decay):
+    """Parameter groups for torch.optim: convolutions, which decay, and the rest, which do not."""
+    convolutions = [p for p in net.parameters() if p.ndim == 4]
+    rest = [p for p in net.parameters() if p.ndim != 4]
+    return [{"params": convolutions, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+
+OPTIMIZERS = {"muon": utils.Muon, "sgd": sgd, "adamw": adamw}
+
+
+class SliceBatchNorm(nn.BatchNorm2d):
+    """Batch norm that takes its statistics, when training, over each `size` images of the batch instead of over all."""
+
+    def __init__(self, channels, size):
+        super().__init__(channels)
+        self.size = size
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        slices = x.float().unflatten(0, (-1, self.size))  # (slices, size, C, H, W)
+        variance, mean = torch.var_mean(slices, (1, 3, 4), correction=0, keepdim=True)
+        with torch.no_grad():
+            count = slices[0, :, 0].numel()
+            self.running_mean.lerp_(mean.mean(0).flatten(), self.momentum)
+            self.running_var.lerp_(variance.mean(0).flatten() * count / (count - 1), self.momentum)
+        scale, shift = self.weight.view(-1, 1, 1), self.bias.view(-1, 1, 1)
+        return ((slices - mean) * (variance + self.eps).rsqrt() * scale + shift).flatten(0, 1).to(x.dtype)
+
+
+class PixelLayerNorm(nn.LayerNorm):
+    """Layer norm over the channels of each pixel, (N, C, H, W) to the same."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+SIDES = {"C1": 32, "C2": 32, "C4": 16, "C5": 16, "C6": 16, "C8": 8, "C9": 8, "C10": 8}  # pixels, height and width
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a published net and its settings, or a variant of them."""
+
+    net: str
+    settings: Settings
+    optimizer: str = "muon"  # one of OPTIMIZERS
+    widths: tuple = models.WIDTHS
+    groups: int | str = ""  # of group norm; "C": as many as channels, which is instance norm; "": as published
+    layer_variant: str = ""  # "C": per pixel; "[C,H,W]": nn.LayerNorm's scale and shift per position; "": as published
+    statistics_batch: int | str = ""  # images that batch norm's statistics are taken over; "": the whole batch
+
+    def build(self):
+        """The net, its initial weights drawn from the settings' seed alone: variants of a net share them."""
+        options = {"groups": self.groups} if isinstance(self.groups, int) else {}
+        net = utils.build(self.net, self.settings, widths=self.widths, **options)
+        for name, side in SIDES.items():
+            block = getattr(net, name)
+            channels = block.conv.out_channels
+            if self.groups == "C":
+                block.norm = nn.GroupNorm(channels, channels)
+            if self.layer_variant == "C":
+                block.norm = PixelLayerNorm(channels)
+            if self.layer_variant == "[C,H,W]":
+                block.norm = nn.LayerNorm([channels, side, side])
+            if self.statistics_batch:
+                block.norm = SliceBatchNorm(channels, self.statistics_batch)
+        return net
+
+    def columns(self):
+        """What tells this job apart in results/runs.csv, as {column: text}."""
+        norm = utils.NORMS[self.net]
+        published = {
+            "groups": {"layer": 1, "group": 4}.get(norm, ""),
+            "layer_variant": "C,H,W" if norm == "layer" else "",
+            "statistics_batch": self.settings.batch_size if norm == "batch" else "",
+        }
+        own = {name: getattr(self, name) or value for name, value in published.items()}
+        own |= {"net": self.net, "optimizer": self.optimizer, "widths": " ".join(map(str, self.widths))}
+        return {name: str(value) for name, value in (own | asdict(self.settings)).items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The sweeps: name: (split, function of the rows so far that gives the jobs)
+# The test split is for what is published, the validation split for choices.
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Half decades of learning rates, and weight decays, for each optimizer.
+RATES = {
+    "sgd": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
+    "adamw": (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1),
+    "muon": (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
+}
+DECAYS = {"sgd": (0.0, 0.0005, 0.005), "adamw": (0.01, 0.1, 1.0), "muon": (0.05, 0.5, 1.5)}
+MOMENTUM = {"sgd": 0.9, "adamw": 0.9, "muon": Settings.momentum}
+STATISTICS = (2, 4, 8, 16, 32, "")  # images; "": the whole batch, 512 here, which they divide
+WIDTHS = {  # parameters: output channels
+    9_410: (8, 16, 8, 8, 8, 8, 8, 16, 16, 16),
+    19_758: (12, 20, 16, 16, 16, 16, 12, 20, 20, 20),
+    34_918: (12, 28, 20, 20, 20, 20, 20, 28, 28, 28),
+}
+LAYER_WIDTHS = (2, 4, 8, 8, 8, 8, 16, 24, 24, 24)  # what 50,000 parameters leave to nn.LayerNorm([C, H, W]): 49,880
+
+
+def jobs(nets, seeds, changes=({},), variants=({},)):
+    """A Job for each of the first seeds, of the variants, of the changes to the published settings, and of the nets."""
+    return [
+        Job(net, Settings(**({"learning_rate": LEARNING_RATES.get(net, 0.03), "seed": seed} | change)), **variant)
+        for seed, variant, change, net in itertools.product(range(seeds), variants, changes, nets)
+    ]
+
+
+def tune(rows):
+    rates = [{"learning_rate": rate} for rate in (0.015, 0.03, 0.06, 0.12)]
+    decays = [{"weight_decay": decay, "augment": "flip+crop"} for decay in (0.1, 0.2, 0.5)]
+    return jobs(NETS, 2, rates + decays)
+
+
+def augment(rows):
+    return jobs(NETS, 10, [{"weight_decay": AUGMENTED_WEIGHT_DECAY, "augment": "flip+crop"}])
+
+
+def rate(rows):
+    found = []
+    for name in OPTIMIZERS:
+        grid = itertools.product(RATES[name], DECAYS[name])
+        changes = [{"learning_rate": r, "weight_decay": decay, "momentum": MOMENTUM[name]} for r, decay in grid]
+        found += jobs(ALL, 3, changes, [{"optimizer": name}])
+    return sorted(found, key=lambda job: job.settings.seed)  # so that the whole grid is there early, with one seed
+
+
+def optimizer(rows):
+    """Each optimizer and net at the setting that was best for the pair in `rate`; none until that is finished."""
+    if missing("rate", rows):
+        return []
+    accuracy = rows[rows["study"] == "rate"].assign(accuracy=lambda part: part["validation_accuracy"].astype(float))
+    means = accuracy.groupby(["net", "optimizer", "learning_rate", "weight_decay"])["accuracy"].mean()
+    found = []
+    for net, name in itertools.product(ALL, OPTIMIZERS):
+        learning_rate, decay = map(float, means[net, name].idxmax())
+        change = {"learning_rate": learning_rate, "weight_decay": decay, "momentum": MOMENTUM[name]}
+        found += jobs([net], 10, [change], [{"optimizer": name}])
+    return found
+
+
+def batch(rows):
+    slices = [{"statistics_batch": size} for size in STATISTICS]
+    return jobs(["NetA"], 3, [{"batch_size": 512}], slices) + jobs(("NetB", "NetC"), 3, [{"batch_size": 512}])
+
+
+def group_counts(rows):
+    return jobs(["NetC"], 3, variants=[{"groups": count} for count in (1, 2, 4, 8, "C")])
+
+
+def layer(rows):
+    narrow = {"layer_variant": "[C,H,W]", "widths": LAYER_WIDTHS}
+    return jobs(["NetB"], 3, variants=[{}, {"layer_variant": "C"}, {"layer_variant": "[C,H,W]"}, narrow])
+
+
+def width(rows):
+    return jobs(NETS, 3, variants=[{"widths": widths} for widths in (*WIDTHS.values(), models.WIDTHS)])
+
+
+def epochs(rows):
+    return jobs(NETS, 3, [{"epochs": count} for count in (5, 10, 20, 40)])
+
+
+def flip(rows):
+    return jobs(NETS, 3, [{"weight_decay": AUGMENTED_WEIGHT_DECAY, "augment": name} for name in ("none", "flip")])
+
+
 STUDIES = {
-    "tune": (
-        "validation",
-        [
-            (net, Settings(learning_rate=rate, seed=seed))
-            for net in NETS
-            for rate in (0.015, 0.03, 0.06, 0.12)
-            for seed in (0, 1)
-        ]
-        + [
-            (net, Settings(LEARNING_RATES[net], decay, augment="flip+crop", seed=seed))
-            for net in NETS
-            for decay in (0.1, 0.2, 0.5)
-            for seed in (0, 1)
-        ],
-    ),
-    "augment": (
-        "test",
-        [
-            (net, Settings(LEARNING_RATES[net], AUGMENTED_WEIGHT_DECAY, augment="flip+crop", seed=seed))
-            for net in NETS
-            for seed in range(10)
-        ],
-    ),
+    "tune": ("validation", tune),
+    "augment": ("test", augment),
+    "rate": ("validation", rate),
+    "optimizer": ("test", optimizer),
+    "batch": ("test", batch),
+    "groups": ("test", group_counts),
+    "layer": ("test", layer),
+    "width": ("test", width),
+    "epochs": ("test", epochs),
+    "flip": ("test", flip),
 }
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Running them
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_texts():
+    """The rows of results/runs.csv with all values as text, as `missing` compares them."""
+    if not RUNS.exists():
+        return pd.DataFrame(columns=["study"])
+    return pd.read_csv(RUNS, dtype=str, keep_default_na=False)
+
+
 def missing(study, rows):
-    """The (net, settings) of a study that `rows` (of results/runs.csv) do not hold."""
-    names = ["net", *Settings.__dataclass_fields__]
-    rows = rows[rows["study"] == study].reindex(columns=names)
-    done = set(rows.itertuples(index=False, name=None))
-    return [(net, s) for net, s in STUDIES[study][1] if (net, *(getattr(s, name) for name in names[1:])) not in done]
+    """The jobs of a study that `rows` (of `read_texts`) do not hold."""
+    wanted = {job: job.columns() for job in STUDIES[study][1](rows)}
+    if not wanted:
+        return []
+    names = list(next(iter(wanted.values())))
+    done = set(rows[rows["study"] == study].reindex(columns=names).itertuples(index=False, name=None))
+    return [job for job, columns in wanted.items() if tuple(columns[name] for name in names) not in done]
+
+
+def steps(job):
+    """Steps of a job's training, with all training images."""
+    return job.settings.epochs * (50_000 // job.settings.batch_size)
+
+
+def seconds_of(todo, rows):
+    """Seconds that jobs should take on one GPU, at the median seconds a step of the GPU runs in `rows`; nan without."""
+    seen = rows[~rows["device"].str.startswith("cpu")] if len(rows) else rows
+    if seen.empty:
+        return math.nan
+    seconds, count, size, images = (
+        seen[name].astype(float) for name in ("seconds", "epochs", "batch_size", "train_images")
+    )
+    return (seconds / (count * (images // size))).median() * sum(steps(job) for job in todo)
 
 
 def run_study(study, data):
     """Run what is missing of a study, a few runs at a time, each written when it ends."""
-    split, _ = STUDIES[study]
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    mine = STUDIES[study][1][rank::world]
-    todo = [job for job in missing(study, utils.read_rows(RUNS)) if job in mine]
-    if split == "validation":
+    rows = read_texts()
+    mine = STUDIES[study][1](rows)[rank::world]
+    todo = [job for job in missing(study, rows) if job in mine]
+    if STUDIES[study][0] == "validation":
         data = utils.validation_split(data)
     at_once = AT_ONCE if data.images.is_cuda else 1
     with tqdm(total=len(todo), desc=study) as bar:
@@ -86,23 +295,31 @@ def run_study(study, data):
             bar.update(len(runs))
 
 
-def run_together(study, jobs, data):
-    """Train several nets at the same time on one device: a `Run` for each (net, settings) of `jobs`."""
+def run_together(study, todo, data):
+    """Train several nets at the same time on one device: a `Run` for each of the jobs `todo`."""
     clock = time.perf_counter()
-    nets = [utils.build(name, settings) for name, settings in jobs]
-    trainers = [utils.Trainer(net, data, settings) for net, (_, settings) in zip(nets, jobs, strict=True)]
-    for epoch in range(max(settings.epochs for _, settings in jobs)):
+    nets = [job.build() for job in todo]
+    trainers = [
+        utils.Trainer(net, data, job.settings, compile=data.images.is_cuda, optimizer=OPTIMIZERS[job.optimizer])
+        for net, job in zip(nets, todo, strict=True)
+    ]
+    for epoch in range(max(job.settings.epochs for job in todo)):
         for trainer in trainers:
             if epoch < trainer.settings.epochs:
                 for _ in trainer.epoch():
                     pass
     for trainer in trainers:
         trainer.means()
-    seconds = (time.perf_counter() - clock) / len(jobs)
+    seconds = (time.perf_counter() - clock) / len(todo)
     return [
-        utils.finish(name, net, data, settings, [], study, seconds)
-        for net, (name, settings) in zip(nets, jobs, strict=True)
+        utils.finish(job.net, net, data, job.settings, [], study, seconds, job.columns() | asdict(job.settings))
+        for net, job in zip(nets, todo, strict=True)
     ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What they say
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def best_rates(rows):
@@ -315,15 +532,18 @@ def main():
         return
     chosen = [options.only] if options.only else list(STUDIES)
     if options.dry_run:
+        rows = read_texts()
         for study in chosen:
-            print(f"{study}: {len(missing(study, utils.read_rows(RUNS)))} of {len(STUDIES[study][1])} runs missing")
+            todo = missing(study, rows)
+            said = f"{len(todo)} of {len(STUDIES[study][1](rows))} runs missing"
+            print(f"{study}: {said}, about {seconds_of(todo, rows):.0f} s on one GPU as seen so far")
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     data = utils.load_data(utils.pick_device(), "cifar10")
     for study in chosen:
         run_study(study, data)
-    if "tune" in chosen and not missing("tune", utils.read_rows(RUNS)):
+    if "tune" in chosen and not missing("tune", read_texts()):
         rows = utils.read_rows(RUNS)
         print("best learning rates on the validation split:", best_rates(rows))
         print("with flip and crop:", tuned(rows, "weight_decay", "flip+crop"), sep="\n")

@@ -387,7 +387,7 @@ class Muon:
         self.weights = [module.weight for module in net.modules() if isinstance(module, nn.Conv2d)][:-1]
         self.rest = [p for p in net.parameters() if all(p is not weight for weight in self.weights)]
         self.learning_rate, self.weight_decay, self.momentum = learning_rate, weight_decay, momentum
-        self.momenta = {p: torch.zeros_like(p) for p in self.weights + self.rest}
+        self.state = {p: {"momentum_buffer": torch.zeros_like(p)} for p in self.weights + self.rest}
         rows, columns = max(len(w) for w in self.weights), max(w[0].numel() for w in self.weights)
         self.stack = torch.zeros(len(self.weights), rows, columns, device=learning_rate.device, dtype=dtype)
 
@@ -397,7 +397,7 @@ class Muon:
         return [matrix[: len(w), : w[0].numel()].unflatten(1, w.shape[1:]) for matrix, w in pairs]
 
     def nesterov(self, parameters):
-        momenta, gradients = [self.momenta[p] for p in parameters], [p.grad for p in parameters]
+        momenta, gradients = [self.state[p]["momentum_buffer"] for p in parameters], [p.grad for p in parameters]
         torch._foreach_mul_(momenta, self.momentum)
         torch._foreach_add_(momenta, gradients)
         return torch._foreach_add(gradients, momenta, alpha=self.momentum)
@@ -534,9 +534,11 @@ class Trainer:
     Everything that changes lives in tensors on the device, so nothing has to come back to the host within an epoch,
     and on CUDA, unless `capture` is False, one step is recorded once as a graph and replayed. Weights are float32; a
     working copy in `dtype` computes logits and gradients. ValueError when a batch is larger than the training split.
+
+    optimizer  makes one as Muon(net, rate, weight_decay, momentum, dtype) does; the rate is a tensor that changes
     """
 
-    def __init__(self, net, data, settings, compile=False, capture=True):
+    def __init__(self, net, data, settings, compile=False, capture=True, optimizer=Muon):
         torch.backends.cudnn.deterministic = True  # costs nothing measurable here
         device = data.images.device
         self.net, self.data, self.settings = net, data, settings
@@ -550,7 +552,8 @@ class Trainer:
         total = self.steps * settings.epochs
         done = torch.arange(1, total + 1, device=device) / (total + 1)
         self.rates = settings.learning_rate * torch.minimum(done / WARMUP, (1 - done) / (1 - WARMUP))
-        self.optimizer = Muon(net, self.rates[0].clone(), settings.weight_decay, settings.momentum, self.dtype)
+        self.rate = self.rates[0].clone()
+        self.optimizer = optimizer(net, self.rate, settings.weight_decay, settings.momentum, self.dtype)
         self.generator = torch.Generator(device).manual_seed(settings.seed)
         self.order = torch.zeros(self.steps, settings.batch_size, dtype=torch.int64, device=device)
         self.shift = torch.zeros(len(data.images), 2, dtype=torch.int64, device=device)
@@ -573,7 +576,7 @@ class Trainer:
 
     def step(self):
         images, labels = self.batch()
-        self.optimizer.learning_rate.copy_(self.rates.index_select(0, self.now[1])[0])
+        self.rate.copy_(self.rates.index_select(0, self.now[1])[0])
         for parameter in self.model.parameters():
             parameter.grad = None
         logits = self.model(images).float()
@@ -591,8 +594,7 @@ class Trainer:
 
     def capture(self):
         """Record `step` as a CUDA graph, leave all as it was before, and return the graph's replay."""
-        momenta = self.optimizer.momenta.values()
-        tensors = [*self.net.parameters(), *self.net.buffers(), *momenta, *(w for w, _ in self.copied), self.now]
+        tensors = [*self.net.parameters(), *self.net.buffers(), *(w for w, _ in self.copied), self.now]
         before = [tensor.detach().clone() for tensor in tensors]
         graph = torch.cuda.CUDAGraph()
         self.stream.wait_stream(torch.cuda.current_stream())
@@ -606,6 +608,9 @@ class Trainer:
         with torch.no_grad():
             for tensor, value in zip(tensors, before, strict=True):
                 tensor.copy_(value)
+            for state in self.optimizer.state.values():  # momenta and the like all begin at 0
+                for tensor in state.values():
+                    tensor.zero_()
         torch.cuda.synchronize()
         return graph.replay
 
@@ -733,8 +738,8 @@ def run(name, data, settings, study="main", track=True):
     return finish(name, net, data, settings, history, study, seconds)
 
 
-def finish(name, net, data, settings, history, study, seconds):
-    """Score a trained net and make its `Run`; `seconds` is what its training took."""
+def finish(name, net, data, settings, history, study, seconds, variant=None):
+    """Score a trained net and make its `Run`; `seconds` is what its training took, `variant` columns that differ."""
     scores = test(net, data.test_images, data.test_labels)
     if study == "main" and settings.epochs < Settings.epochs:
         study = "short"
@@ -762,7 +767,7 @@ def finish(name, net, data, settings, history, study, seconds):
         "torch": torch.__version__,
         "commit": commit(),
         "status": "done" if math.isfinite(scores.loss) else "diverged",
-    }
+    } | (variant or {})
     return Run(net, history, scores, row)
 
 

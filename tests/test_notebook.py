@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -12,14 +13,14 @@ from conftest import ROOT
 from PIL import Image
 
 
-def execute(tmp_path, **settings):
-    """Execute s8.ipynb by README.md's command, one seed, with the environment `settings`; its cells and its rows."""
+def execute(tmp_path, folder, **settings):
+    """Execute s8.ipynb in `folder` by README.md's command, one seed, environment `settings`: its cells and rows."""
     line = next(line for line in (ROOT / "README.md").read_text().splitlines() if "--execute" in line)
     command = [sys.executable, "-m", *shlex.split(line.split(".venv/bin/")[-1])]
     command[command.index("--output-dir") + 1] = str(tmp_path)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("S8_")} | {"S8_SEEDS": "1"} | settings
     environment |= {"S8_OUT": str(tmp_path), "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "epoch 1, loss" in done.stdout + done.stderr, "no progress was shown"
     cells = nbformat.read(tmp_path / "s8.ipynb", as_version=4).cells
@@ -36,21 +37,28 @@ def git_status():
 
 
 def test_stand_in(tmp_path):
-    before = git_status()
-    cells, rows = execute(tmp_path, S8_DATA="synthetic", S8_EPOCHS="5")
+    """In a folder with the three files that a reader may have uploaded, and nothing else."""
+    folder = tmp_path / "drei Dateien, größer nicht"
+    folder.mkdir()
+    for name in ("s8.ipynb", "models.py", "utils.py"):
+        shutil.copy(ROOT / name, folder)
+    cells, rows = execute(tmp_path, folder, S8_DATA="synthetic", S8_EPOCHS="5")
     assert rows["study"].unique().tolist() == ["stand-in"]
     assert rows["test_accuracy"].between(60, 97).all(), rows[["net", "test_accuracy"]]
     mistakes = pd.read_csv(tmp_path / "results" / "mistakes.csv")
     assert (mistakes.groupby("net").size() >= 10).all()
-    assert git_status() == before, "a user's run changed the checkout"
     outputs = [output for cell in cells if cell.cell_type == "code" for output in cell.outputs]
     assert not [output for output in outputs if output.get("name") == "stderr"]
     assert "\r" not in "".join(output.get("text", "") for output in outputs), "a bar is saved with its past"
-    assert any("not results" in output.get("text", "") for output in outputs)
+    texts = [output.get("text", "") for output in outputs]
+    assert any("not results" in text for text in texts)
+    assert "results/runs.csv is not beside this notebook\n" in texts
 
 
 @pytest.mark.usefixtures("real")
 def test_two_epochs_of_cifar10(tmp_path):
-    _, rows = execute(tmp_path, S8_DATA="cifar10", S8_EPOCHS="2")
+    before = git_status()
+    _, rows = execute(tmp_path, ROOT, S8_DATA="cifar10", S8_EPOCHS="2")
     assert rows["net"].tolist() == ["NetA", "NetB", "NetC"]
     assert (rows["test_accuracy"] >= 55).all(), rows[["net", "test_accuracy"]]
+    assert git_status() == before, "a user's run changed the checkout"

@@ -72,7 +72,7 @@ def test_learning_rate_climbs_and_falls(small):
     assert 0 < rates[-1] < 0.02
     seen = []
     for _ in trainer.epoch():
-        seen.append(trainer.optimizer.learning_rate.item())
+        seen.append(trainer.rate.item())
     assert seen == pytest.approx(rates[:6])
 
 
