@@ -334,7 +334,7 @@ def results_table(rows):
     differences = [utils.compare(main, "NetA", net) for net in NETS[1:]]
     return (
         f"{markdown(table)}\n\nTest accuracy of the last epoch, percent, one view, {conditions(main)}. "
-        f"{'. '.join(differences)}.\n\n"
+        f"A seed gives all nets the same initial weights and order of images; paired by seed, {'. '.join(differences)}.\n\n"
         "![Test accuracy of each seed of each net, without and with augmentation](img/accuracy.png)"
     )
 
@@ -410,8 +410,8 @@ def speed_table():
             net: f"{seconds[net]:.3g}" if net in seconds else "-" for net in NETS
         }
         for plain, name in (("ratio_plain_4", "plain-4 takes"), ("ratio_plain_0", "plain-0 takes")):
-            ratios = rows[plain].dropna()
-            line[name] = f"{ratios.min():.3g} to {ratios.max():.3g} times" if len(ratios) else "-"
+            low, high = (f"{ratio:.3g}" for ratio in (rows[plain].min(), rows[plain].max()))
+            line[name] = "-" if low == "nan" else f"{low} times" if low == high else f"{low} to {high} times"
         lines.append(line)
     lines.sort(key=lambda line: (line["machine"].startswith("cpu"), PATHS.index(line["path"])))
     return markdown(pd.DataFrame(lines).set_index("machine"))
