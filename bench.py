@@ -52,10 +52,9 @@ from torchvision.datasets import CIFAR10
 
 import models
 import utils
-from utils import Settings
+from utils import NETS, Settings
 
 BENCH = Path("results/bench.csv")
-NETS = ("NetA", "NetB", "NetC")
 PLAIN_BATCH = 128
 
 

@@ -39,6 +39,7 @@ import models
 # ---------------------------------------------------------------------------------------------------------------------
 
 NORMS = {"NetA": "batch", "NetB": "layer", "NetC": "group", "Net": "none"}
+NETS = ("NetA", "NetB", "NetC")
 LEARNING_RATES = {"NetA": 0.06, "NetB": 0.03, "NetC": 0.03}  # best on the validation split: study.py, tune
 AUGMENTS = ("none", "flip", "flip+crop")
 WARMUP = 0.2  # share of the steps in which the learning rate climbs; it falls to nearly 0 over the others

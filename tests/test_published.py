@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT
 
 import models
+import report
 import study
 import utils
 
@@ -23,14 +24,14 @@ NOTEBOOK = json.loads((ROOT / "s8.ipynb").read_text(encoding="utf-8"))
 
 def test_readme_has_every_generated_part():
     parts = [part for part in re.findall(r"<!-- ([\w-]+) -->\n", README) if part != "end"]
-    nets = [f"{part}-{net}" for part in ("finding", "mistakes") for net in study.NETS]
+    nets = [f"{part}-{net}" for part in ("finding", "mistakes") for net in utils.NETS]
     assert sorted(parts) == sorted(
         ["results", "expect", "speed", "tune", "tune-augment", "augment", "conclusion", "tuning", *nets]
     )
 
 
 def test_report_changes_nothing(tmp_path):
-    for name in ("README.md", "s8.ipynb", "models.py", "utils.py", "study.py"):
+    for name in ("README.md", "s8.ipynb", "models.py", "utils.py", "study.py", "report.py"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "results", tmp_path / "results")
     subprocess.run([sys.executable, "study.py", "--report"], cwd=tmp_path, check=True)
@@ -57,11 +58,11 @@ def test_learning_rates_are_the_best_of_equal_trials():
     assert set(tune["split"]) == {"validation"}
     assert tune["test_accuracy"].isna().all()
     assert tune.groupby("net").size().nunique() == 1
-    assert study.best_rates(ROWS) == utils.LEARNING_RATES
+    assert report.best_rates(ROWS) == utils.LEARNING_RATES
     texts = pd.read_csv(ROOT / "results" / "runs.csv", dtype=str, keep_default_na=False)
     assert study.missing("tune", texts) == []
     assert study.missing("augment", texts) == []
-    assert study.tuned(ROWS, "weight_decay", "flip+crop").mean().idxmax() == study.AUGMENTED_WEIGHT_DECAY
+    assert report.tuned(ROWS, "weight_decay", "flip+crop").mean().idxmax() == study.AUGMENTED_WEIGHT_DECAY
 
 
 def test_prose_says_what_the_rows_do():
@@ -92,7 +93,7 @@ def test_published_runs():
     assert set(MAIN["parameters"]) == {48_042}
 
 
-@pytest.mark.parametrize("net", study.NETS)
+@pytest.mark.parametrize("net", utils.NETS)
 def test_weights_score_what_is_published(net, real):
     made = getattr(models, net)()
     made.load_state_dict(torch.load(ROOT / "weights" / f"{net}.pt", weights_only=True))
@@ -100,7 +101,7 @@ def test_weights_score_what_is_published(net, real):
     assert abs(utils.test(made, real.test_images, real.test_labels).accuracy - row["test_accuracy"]) <= 0.05
 
 
-@pytest.mark.parametrize("net", study.NETS)
+@pytest.mark.parametrize("net", utils.NETS)
 def test_readme_shows_the_rows(net):
     rows = MAIN[MAIN["net"] == net]["test_accuracy"]
     shown = "".join(str(cell.get("outputs")) for cell in NOTEBOOK["cells"])

@@ -1,0 +1,125 @@
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import report
+import utils
+
+
+def test_fill():
+    text = "a\n<!-- one -->\nold\n<!-- end -->\nb\n<!-- two -->\n<!-- end -->\n"
+    filled = report.fill(text, {"one": "1", "two": "2"})
+    assert filled == "a\n<!-- one -->\n1\n<!-- end -->\nb\n<!-- two -->\n2\n<!-- end -->\n"
+    assert report.fill(filled, {"one": "1", "two": "2"}) == filled
+    with pytest.raises(KeyError):
+        report.fill(text, {"one": "1"})
+
+
+@pytest.fixture
+def published():
+    """Rows as a ten-seed run would leave them, with made-up accuracies."""
+    rows = [
+        {"study": name, "net": net, "norm": utils.NORMS[net], "split": "test", "seed": seed, "status": "done"}
+        | {"epochs": 20, "parameters": 48_042, "train_accuracy": 95.0, "seconds": 5.0, "augment": augment}
+        | {"weight_decay": 0.1 if gain else 0.5}
+        | {"test_accuracy": base + 0.1 * (seed * step % 10), "device": "gpu", "precision": "bfloat16", "torch": "2.0"}
+        for name, augment, gain in (("main", "none", 0), ("augment", "flip+crop", 1))
+        for net, base, step in (("NetA", 86 + gain, 1), ("NetB", 85 + gain, 3), ("NetC", 84 + gain, 7))
+        for seed in range(10)
+    ]
+    tune = [
+        {
+            "study": "tune",
+            "net": net,
+            "seed": 0,
+            "split": "validation",
+            "augment": "none",
+            "learning_rate": rate,
+            "validation_accuracy": 80 + rate,
+        }
+        | {"epochs": 20, "parameters": 48_042}
+        for net in utils.NETS
+        for rate in (1, 2)
+    ]
+    return pd.DataFrame(rows + tune)
+
+
+def test_published_tables(published):
+    text = report.results_table(published)
+    assert "| NetB | layer | 20 | 48,042 | 95.00 | 85.45 | 0.30 | 10 | 5.0 |" in text
+    assert "NetA minus NetC: +2.00 points" in text
+    assert "gpu, bfloat16, torch 2.0" in text
+    assert "| NetB | layer | 20 | 48,042 | 95.00 | 86.45 | 0.30 | 10 |" in report.augment_table(published)
+    assert "It reaches 84.45 % on the test set (standard deviation 0.30, n = 10)." in report.finding("NetC", published)
+    assert "from 81.00 to 82.00 %" in report.finding("NetC", published)
+    assert report.tuned(published).loc["NetC", 1] == 81
+    assert report.best_rates(published) == {"NetA": 2, "NetB": 2, "NetC": 2}
+
+
+def test_accuracy_plot_shows_every_run(published):
+    figure = report.plot_accuracy(published)
+    for axis, gain in zip(figure.axes, (0, 1), strict=True):
+        points = [collection.get_offsets() for collection in axis.collections if len(collection.get_offsets()) == 10]
+        assert [round(p[:, 1].mean(), 2) for p in points] == [86.45 + gain, 85.45 + gain, 84.45 + gain]
+        assert [text.get_text() for text in axis.texts] == [f"{base + gain + 0.45:.1f}" for base in (86, 85, 84)]
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "decades"),
+    [
+        (
+            [70, 80, 80.5, 80, 70],
+            2 + 2 * 0.5 / 10,
+        ),  # within a point from 79.5: two whole decades and a bit of two others
+        ([80, 79, 60, 81, 79], 1 / 21 + 1 / 2),  # in one piece around the best
+        ([60, 70, 80, 90, 100], 1 / 10),
+        ([100, 50, 0, 0, 0], 1 / 50),
+        ([80, 80, 80, 80, 80], 4),
+    ],
+)
+def test_decades_within_a_point(accuracies, decades):
+    rates = np.array([1e-4, 1e-3, 1e-2, 1e-1, 1.0])
+    assert report.decades_within(rates, accuracies) == pytest.approx(decades)
+
+
+@pytest.fixture
+def swept():
+    """Rows of the studies rate and optimizer with made-up accuracies: batch norm leads by 5 with sgd, by 1 with muon."""
+    lead = {("sgd", "NetA"): 5.0, ("muon", "NetA"): 1.0}
+    rate = [
+        {"study": "rate", "net": net, "optimizer": name, "learning_rate": rate, "weight_decay": decay, "seed": seed}
+        | {"validation_accuracy": 80 + lead.get((name, net), 0) - 2 * abs(np.log10(rate) + 1) - decay}
+        for net, name, rate, decay, seed in itertools.product(
+            utils.NORMS, ("sgd", "muon"), (0.01, 0.1, 1.0), (0.0, 0.5), (0, 1)
+        )
+    ]
+    final = [
+        {"study": "optimizer", "net": net, "optimizer": name, "seed": seed}
+        | {
+            "test_accuracy": 80
+            + lead.get((name, net), 0)
+            + 0.1 * (seed * (3 if net == name else 7 + 2 * (net == "NetA")) % 10)
+        }
+        for net, name, seed in itertools.product(utils.NORMS, ("sgd", "muon"), range(10))
+    ]
+    return pd.DataFrame(rate + final)
+
+
+def test_sweeps_tables(swept):
+    table = report.rate_table(swept).reset_index().set_index(["optimizer", "net"])
+    assert table.loc[("sgd", "NetA")].tolist() == ["0.1", "0", "85.00", "1.00", 2]
+    assert report.optimizer_table(swept).loc["muon", "NetA"] == "81.45 (std 0.30, n = 10)"
+    assert report.gap_of_gaps(swept, "NetA", "NetC").startswith("NetA minus NetC, sgd minus muon: +4.00 points")
+    variants = report.variants_table(swept.assign(study="groups", groups=4), "groups", ["groups"])
+    assert variants.loc["NetB"].tolist()[0] == 4
+    assert variants.loc["NetB", "n"] == 20
+
+
+def test_rate_plot_shows_the_best_decay(swept):
+    figure = report.plot_rate(swept)
+    assert [axis.get_title() for axis in figure.axes] == ["sgd", "muon"]
+    line = figure.axes[0].lines[0]
+    assert line.get_xdata().tolist() == [0.01, 0.1, 1.0]
+    assert line.get_ydata().tolist() == [83, 85, 83]
