@@ -86,7 +86,7 @@ def test_decades_within_a_point(accuracies, decades):
 
 @pytest.fixture
 def swept():
-    """Rows of the studies rate and optimizer with made-up accuracies: batch norm leads by 5 with sgd, by 1 with muon."""
+    """Rows of the studies rate and optimizer with made-up accuracies: NetA leads by 5 with sgd, by 1 with muon."""
     lead = {("sgd", "NetA"): 5.0, ("muon", "NetA"): 1.0}
     rate = [
         {"study": "rate", "net": net, "optimizer": name, "learning_rate": rate, "weight_decay": decay, "seed": seed}
