@@ -100,7 +100,7 @@ def swept():
         | {
             "test_accuracy": 80
             + lead.get((name, net), 0)
-            + 0.1 * (seed * (1, 3, 7, 9)[2 * (net == "NetA") + (name == "sgd")] % 10)
+            + 0.1 * (seed * (1, 3, 9, 7)[2 * (net == "NetA") + (name == "sgd")] % 10)
         }
         for net, name, seed in itertools.product(utils.NORMS, ("sgd", "muon"), range(10))
     ]
