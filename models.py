@@ -27,7 +27,8 @@ This file needs torch alone. In another notebook:
 
     net = NetB()
     net.load_state_dict(torch.load("NetB.pt", weights_only=True))
-    logits = net.eval()((images / 255 - MEAN) / STD)  # images: (N, 3, 32, 32), 0 to 255
+    with torch.no_grad():  # images: a tensor (N, 3, 32, 32), uint8 or float32, 0 to 255
+        logits = net.eval()((images / 255 - MEAN) / STD)
 """
 
 from collections import OrderedDict
@@ -147,7 +148,9 @@ def check(norm, groups, widths, classes, in_channels):
     if norm not in NORMS:
         raise ValueError(f"norm is {norm!r}; choose one of {', '.join(NORMS)}")
     if not isinstance(widths, tuple | list) or len(widths) != len(CONVOLUTIONS):
-        raise ValueError(f"widths is {widths!r}; give {len(CONVOLUTIONS)} numbers: {' '.join(CONVOLUTIONS)}")
+        raise ValueError(
+            f"widths is {widths!r}; give {len(CONVOLUTIONS)} numbers, one each for {' '.join(CONVOLUTIONS)}"
+        )
     counts = dict(zip(CONVOLUTIONS, widths, strict=True)) | {
         "groups": groups,
         "classes": classes,

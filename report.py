@@ -28,8 +28,7 @@ def results_table(rows):
     return (
         f"{markdown(table)}\n\nTest accuracy of the last epoch, percent, one view, {conditions(main)}. "
         "A seed gives all nets the same initial weights and order of images; paired by seed, "
-        f"{'. '.join(differences)}.\n\n"
-        "![Test accuracy of each seed of each net, without and with augmentation](img/accuracy.png)"
+        f"{'. '.join(differences)}."
     )
 
 
@@ -76,7 +75,7 @@ def augment_table(rows):
 def expectations(rows):
     """Markdown: what a run takes and reaches, by machine: main on a GPU, short on a CPU, one after another."""
     lines = []
-    for study, does in (("main", "3 seeds a net"), ("short", "1 seed a net, said to be short")):
+    for study, does in (("main", "3 seeds a net"), ("short", "a short run: 1 seed a net")):
         chosen = rows[rows["study"] == study]
         means = chosen.groupby("net")["test_accuracy"].mean()
         lines.append(

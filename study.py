@@ -326,9 +326,12 @@ def main():
         rows = read_texts()
         for study in chosen:
             todo = missing(study, rows)
-            said = f"{len(todo)} of {len(STUDIES[study][1](rows))} runs missing"
-            print(f"{study}: {said}, about {seconds_of(todo, rows):.0f} s on one GPU as seen so far")
+            total = len(STUDIES[study][1](rows))
+            minutes = f"about {seconds_of(todo, rows) / 60:.1f} minutes on one GPU, as the rows so far took"
+            print(f"{study}: {len(todo)} of {total} runs missing, {minutes}" if total else f"{study}: waits for rate")
         return
+    if not torch.cuda.is_available() and options.only is None:
+        parser.error("there is no GPU here, where all lists would take days: choose one with --only")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     data = utils.load_data(utils.pick_device(), "cifar10")

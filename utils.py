@@ -107,8 +107,8 @@ def read_environment(device):
 
     def whole_number(name, default):
         text = os.environ.get(name, str(default))
-        if not text.isdecimal() or int(text) < 1:
-            raise ValueError(f"{name} is {text!r}; give a whole number of 1 or more")
+        if not text.isdecimal() or not 1 <= int(text) <= 1000:
+            raise ValueError(f"{name} is {text!r}; give a whole number from 1 to 1000")
         return int(text)
 
     def choice(name, options):
@@ -117,7 +117,15 @@ def read_environment(device):
             raise ValueError(f"{name} is {text!r}; choose one of {', '.join(options)}")
         return text
 
+    known = ("S8_SEEDS", "S8_EPOCHS", "S8_DATA", "S8_OUT", "S8_PUBLISH", "S8_COMMIT")
+    for name in os.environ:
+        if name.startswith("S8_") and name not in known:
+            raise ValueError(f"{name} is not a setting; those are {', '.join(known)}")
     publish = choice("S8_PUBLISH", ("0", "1")) == "1"
+    if publish and os.environ.get("S8_OUT"):
+        raise ValueError(
+            f"S8_OUT is {os.environ['S8_OUT']!r}; S8_PUBLISH=1 writes beside the notebook, unset one of them"
+        )
     short = device.type == "cpu" and not publish
     epochs = whole_number("S8_EPOCHS", 5 if short else Settings.epochs)
     if epochs > Settings.epochs:
@@ -131,12 +139,13 @@ def read_environment(device):
     )
     if not publish and plan.out.resolve() == Path(__file__).parent.resolve():
         raise ValueError(f"S8_OUT is {str(plan.out)!r}, the checkout itself; choose another folder, or S8_PUBLISH=1")
-    if plan.publish and (plan.data == "synthetic" or epochs < Settings.epochs or len(plan.seeds) < 10):
-        raise ValueError(
-            f"S8_PUBLISH is 1 with S8_DATA={plan.data}, {epochs} epochs and {len(plan.seeds)} seeds; "
-            f"only CIFAR-10 with {Settings.epochs} epochs and 10 seeds or more is published"
-        )
     if plan.publish:
+        if plan.data == "synthetic":
+            raise ValueError("S8_DATA is 'synthetic'; S8_PUBLISH=1 publishes CIFAR-10 alone")
+        if epochs < Settings.epochs:
+            raise ValueError(f"S8_EPOCHS is {epochs}; S8_PUBLISH=1 needs {Settings.epochs}")
+        if len(plan.seeds) < 10:
+            raise ValueError(f"S8_SEEDS is {len(plan.seeds)}; S8_PUBLISH=1 needs 10 or more")
         plan = replace(plan, data="cifar10")
     for name in ("results", "img", "weights"):
         try:
@@ -156,8 +165,8 @@ def read_environment(device):
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SHAPES = ("disc", "ring", "square", "frame", "triangle", "plus", "cross", "bars", "columns", "half disc")
 HOW_TO_GET_CIFAR10 = (
-    f"download {CIFAR10.url} on a machine with a network, put it into the folder data/ beside the notebook "
-    "and run it again"
+    f"download {CIFAR10.url} on a machine with a network, put it, or the folder that it unpacks to, into a folder "
+    "data/ beside the notebook and run it again"
 )
 
 
@@ -927,6 +936,8 @@ def describe_mistakes(net, mistakes, runs):
             *decays
         )
         text += paired(*by_seed)
+    if "stand-in" in set(main["study"]):
+        sentences.insert(0, "STAND-IN DATA, NOT RESULTS.")
     return " ".join([*sentences, text + "."])
 
 
@@ -982,8 +993,10 @@ def summarise(rows):
 
 def compare(rows, first, second):
     """Difference in test accuracy between two nets of the rows, as text; see `paired`."""
-    frame = pd.DataFrame(rows).pivot(index="seed", columns="net", values="test_accuracy").astype(float)
-    return f"{first} minus {second}: {paired(frame[first], frame[second])}"
+    rows = pd.DataFrame(rows)
+    frame = rows.pivot(index="seed", columns="net", values="test_accuracy").astype(float)
+    note = " on STAND-IN DATA, NOT RESULTS" if "stand-in" in set(rows["study"]) else ""
+    return f"{first} minus {second}: {paired(frame[first], frame[second])}{note}"
 
 
 def paired(first, second):

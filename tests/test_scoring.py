@@ -167,6 +167,12 @@ def test_overlap():
     assert utils.overlap(MISTAKES).to_dict() == {"NetA only": 2, "NetA and NetB": 1, "NetA, NetB and NetC": 1}
 
 
+def test_stand_in_is_marked_in_text():
+    rows = [row | {"study": "stand-in"} for row in rows_of("NetA", [86.0]) + rows_of("NetB", [85.0])]
+    assert utils.compare(rows, "NetA", "NetB").endswith(" on STAND-IN DATA, NOT RESULTS")
+    assert utils.describe_mistakes("NetA", MISTAKES, pd.DataFrame(rows)).startswith("STAND-IN DATA, NOT RESULTS. NetA")
+
+
 def test_only_what_can_be_paired_is_paired():
     accuracies = pd.Series([86.0, 87.0, 88.0], index=[0, 1, 2])
     assert utils.paired(accuracies, accuracies - [1, 1.5, 0.5]).startswith("+1.00 points (95 % interval ")
