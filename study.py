@@ -42,13 +42,15 @@ AUGMENTED_WEIGHT_DECAY = (
 
 def sgd(net, learning_rate, weight_decay, momentum, dtype):
     """SGD with Nesterov momentum; only the convolutions decay, as an L2 term in the gradient."""
-    return torch.optim.SGD(groups(net, weight_decay), learning_rate, momentum, nesterov=True)
+    # Of PyTorch's kinds only the fused one reads a learning rate on the device without waiting for it.
+    return torch.optim.SGD(groups(net, weight_decay), learning_rate, momentum, nesterov=True, fused=True)
 
 
 def adamw(net, learning_rate, weight_decay, momentum, dtype):
     """AdamW (Loshchilov & Hutter 2019); only the convolutions decay. `momentum` is its beta 1."""
-    betas = (momentum, 0.999)
-    return torch.optim.AdamW(groups(net, weight_decay), learning_rate, betas, capturable=learning_rate.is_cuda)
+    return torch.optim.AdamW(
+        groups(net, weight_decay), learning_rate, (momentum, 0.999), capturable=learning_rate.is_cuda, fused=True
+    )
 
 
 def groups(net, weight_decay):

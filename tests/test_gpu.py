@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import study
 import utils
 from utils import Settings
 
@@ -31,6 +32,27 @@ def test_captured_eager_and_repeated_runs_agree_bit_for_bit(name, data, monkeypa
     assert torch.equal(first, weights(name, data, settings))
     monkeypatch.setattr(utils.Trainer, "capture", lambda trainer: trainer.step)
     assert torch.equal(first, weights(name, data, settings))
+
+
+@pytest.mark.parametrize("name", study.OPTIMIZERS)
+@pytest.mark.parametrize("variant", [{}, {"layer_variant": "[C,H,W]"}, {"groups": "C"}, {"statistics_batch": 4}])
+def test_every_job_of_the_sweeps_is_captured_as_it_runs(data, name, variant):
+    net = "NetC" if "groups" in variant else "NetA" if "statistics_batch" in variant else "NetB"
+    rate = {"muon": 0.03, "sgd": 0.1, "adamw": 0.003}[name]
+    job = study.Job(net, replace(SHORT, learning_rate=rate), name, **variant)
+    losses = []
+    for capture in (True, False):
+        trainer = utils.Trainer(job.build(), data, job.settings, capture=capture, optimizer=study.OPTIMIZERS[name])
+        for _ in range(2):
+            for _ in trainer.epoch():
+                pass
+        losses.append(trainer.means()[0])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+
+
+def test_compiled_and_captured_agree(data):
+    losses = [utils.train(utils.build("NetC", SHORT), data, SHORT, compile=c)[-1]["loss"] for c in (False, True)]
+    assert losses[0] == pytest.approx(losses[1], abs=0.03)
 
 
 def test_one_step_an_epoch(data):
