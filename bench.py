@@ -11,7 +11,7 @@ Needs CIFAR-10. An epoch is every training image once, forward, backward and upd
     eager             utils.train's step, one kernel launched after another
     captured          the same, recorded as a CUDA graph: what utils.train does on a GPU
     compiled          the same, the net under torch.compile: utils.train(..., compile=True)
-    captured-3        captured, three nets at once on one GPU, as in study.py: seconds per net and epoch
+    captured-3        captured, three nets at once on one GPU: seconds per net and epoch
 
 What was tried on an H100, batch 500, seconds an epoch (NetA, NetB, NetC) of the captured step unless it says otherwise:
 
@@ -183,8 +183,8 @@ def launches(trainer):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         with trainer.on_stream():
             trainer.replay()
-        trainer.means()
-    return sum(event.count for event in profile.key_averages())
+        trainer.stream.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
 
 
 def row_of(data, path, net, seconds, settings, width=1, **more):

@@ -213,6 +213,9 @@ def rate_table(rows):
         line = line.dropna()
         by_rate = line.groupby(level="learning_rate").max()
         rate, decay = line.idxmax()
+        within = by_rate >= by_rate.max() - 1
+        open_ended = within.loc[:rate].all() or within.loc[rate:].all()  # the grid ends before the optimum does
+        diverged = chosen[(chosen["optimizer"] == optimizer) & (chosen["net"] == net)]["status"] == "diverged"
         lines.append(
             {
                 "optimizer": optimizer,
@@ -220,7 +223,9 @@ def rate_table(rows):
                 "best learning rate": f"{rate:g}",
                 "best weight decay": f"{decay:g}",
                 "accuracy": f"{line.max():.2f}",
-                "decades within a point": f"{decades_within(by_rate.index, by_rate.to_numpy()):.2f}",
+                "decades within a point": f"{'at least ' if open_ended else ''}"
+                f"{decades_within(by_rate.index, by_rate.to_numpy()):.2f}",
+                "diverged": diverged.sum(),
                 "n": chosen.groupby(["optimizer", "net", "learning_rate", "weight_decay"]).size().min(),
             }
         )
@@ -246,18 +251,24 @@ def plot_rate(rows):
     return figure
 
 
+def optimizer_runs(rows):
+    """The rows of the study optimizer at the settings that `rate` finds best now, without those of a smaller grid."""
+    keys = ["optimizer", "net", "learning_rate", "weight_decay"]
+    means = rows[rows["study"] == "rate"].groupby(keys)["validation_accuracy"].mean()
+    best = pd.DataFrame(list(means.groupby(level=[0, 1]).idxmax()), columns=keys)
+    return rows[rows["study"] == "optimizer"].merge(best, on=keys)
+
+
 def optimizer_table(rows):
     """Test accuracy of each optimizer and net at the setting tuned for the pair: mean, standard deviation and n."""
-    by_pair = rows[rows["study"] == "optimizer"].groupby(["optimizer", "net"])["test_accuracy"]
+    by_pair = optimizer_runs(rows).groupby(["optimizer", "net"])["test_accuracy"]
     text = {pair: f"{v.mean():.2f} (std {v.std():.2f}, n = {len(v)})" for pair, v in by_pair}
     return pd.Series(text).rename_axis(["optimizer", "net"]).unstack("net")
 
 
 def gap_of_gaps(rows, first, second, optimizers=("sgd", "muon")):
     """How much larger the gap between two nets is under the first optimizer than under the second, as text."""
-    accuracy = rows[rows["study"] == "optimizer"].pivot(
-        index="seed", columns=["optimizer", "net"], values="test_accuracy"
-    )
+    accuracy = optimizer_runs(rows).pivot(index="seed", columns=["optimizer", "net"], values="test_accuracy")
     gaps = [accuracy[name, first] - accuracy[name, second] for name in optimizers]
     return f"{first} minus {second}, {optimizers[0]} minus {optimizers[1]}: {utils.paired(*gaps)}"
 

@@ -54,9 +54,9 @@ def adamw(net, learning_rate, weight_decay, momentum, dtype):
 
 
 def groups(net, weight_decay):
-    """Parameter groups for torch.optim: convolutions, which decay, and the rest, which do not."""
-    convolutions = [p for p in net.parameters() if p.ndim == 4]
-    rest = [p for p in net.parameters() if p.ndim != 4]
+    """Parameter groups for torch.optim: convolutions but c11, which decay as under Muon, and the rest, which do not."""
+    convolutions = [p for p in net.parameters() if p.ndim == 4 and p is not net.c11.weight]
+    rest = [p for p in net.parameters() if p.ndim != 4 or p is net.c11.weight]
     return [{"params": convolutions, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 
@@ -336,6 +336,8 @@ def main():
         parser.error("there is no GPU here, where all lists would take days: choose one with --only")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    # All nets share one forward, of which torch.compile keeps 8 kinds and would then go on without compiling.
+    torch._dynamo.config.recompile_limit = 64
     data = utils.load_data(utils.pick_device(), "cifar10")
     for study in chosen:
         run_study(study, data)

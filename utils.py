@@ -515,7 +515,10 @@ def per_channel(values, x):
 
 
 def working_copy(net, dtype):
-    """What computes as `net` does, but faster: convolutions in `dtype`, norms with the float32 parameters of `net`."""
+    """What computes as `net` does, but faster: in `dtype`, but batch, layer and group norm with `net`'s float32 values.
+
+    Other norms (the control's scale and shift, variants of layer norm) have their parameters in `dtype`, too.
+    """
     copied = copy.deepcopy(net).to(dtype)
     for name, module in net.named_modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -1006,7 +1009,7 @@ def paired(first, second):
     """
     if first.index.has_duplicates or second.index.has_duplicates:
         raise ValueError("a seed has more than one row; compare rows of the same settings")
-    first, second = first.align(second, join="inner")
+    first, second = first.dropna().align(second.dropna(), join="inner")
     if len(first) == 0:
         raise ValueError("no seed is in both sets of rows")
     difference = (first - second).mean()

@@ -89,14 +89,22 @@ def swept():
     """Rows of the studies rate and optimizer with made-up accuracies: NetA leads by 5 with sgd, by 1 with muon."""
     lead = {("sgd", "NetA"): 5.0, ("muon", "NetA"): 1.0}
     rate = [
-        {"study": "rate", "net": net, "optimizer": name, "learning_rate": rate, "weight_decay": decay, "seed": seed}
+        {
+            "study": "rate",
+            "net": net,
+            "optimizer": name,
+            "learning_rate": rate,
+            "weight_decay": decay,
+            "seed": seed,
+            "status": "done",
+        }
         | {"validation_accuracy": 80 + lead.get((name, net), 0) - 2 * abs(np.log10(rate) + 1) - decay}
         for net, name, rate, decay, seed in itertools.product(
             utils.NORMS, ("sgd", "muon"), (0.01, 0.1, 1.0), (0.0, 0.5), (0, 1)
         )
     ]
     final = [
-        {"study": "optimizer", "net": net, "optimizer": name, "seed": seed}
+        {"study": "optimizer", "net": net, "optimizer": name, "seed": seed, "learning_rate": 0.1, "weight_decay": 0.0}
         | {
             "test_accuracy": 80
             + lead.get((name, net), 0)
@@ -109,7 +117,7 @@ def swept():
 
 def test_sweeps_tables(swept):
     table = report.rate_table(swept).reset_index().set_index(["optimizer", "net"])
-    assert table.loc[("sgd", "NetA")].tolist() == ["0.1", "0", "85.00", "1.00", 2]
+    assert table.loc[("sgd", "NetA")].tolist() == ["0.1", "0", "85.00", "1.00", 0, 2]
     assert report.optimizer_table(swept).loc["muon", "NetA"] == "81.45 (std 0.30, n = 10)"
     assert report.gap_of_gaps(swept, "NetA", "NetC").startswith("NetA minus NetC, sgd minus muon: +4.00 points")
     variants = report.variants_table(swept.assign(study="groups", groups=4), "groups", ["groups"])
