@@ -179,16 +179,17 @@ def test_working_copy_computes_what_the_net_does(name):
     assert (logits - net(images.float())).norm() < 0.03 * logits.norm()
 
 
+@pytest.mark.parametrize("mean", [1, 21])  # bfloat16 can't tell 21 from 21.06
 @pytest.mark.parametrize("groups", [1, 4, 32])
-@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
-def test_group_norm_in_channels_last(device, groups, dtype, rounding):
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 0.01)])
+def test_group_norm_in_channels_last(device, mean, groups, dtype, rounding):
     """Output and gradients against nn.GroupNorm in float64."""
     torch.manual_seed(0)
     norm = nn.GroupNorm(groups, 32)
     nn.init.normal_(norm.weight, 1, 0.3)
     nn.init.normal_(norm.bias)
     x, gradient = torch.randn(2, 20, 32, 16, 8).to(dtype)
-    x = x * 2 + 1
+    x = x * 2 + mean
     found = []
     for module, kind in ((copy.deepcopy(norm).double(), torch.float64), (norm, dtype)):
         module = module.to(device)
