@@ -181,7 +181,7 @@ def test_working_copy_computes_what_the_net_does(name):
 
 @pytest.mark.parametrize("mean", [1, 21])  # bfloat16 can't tell 21 from 21.06
 @pytest.mark.parametrize("groups", [1, 4, 32])
-@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 0.01)])
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-4), (torch.bfloat16, 0.01)])
 def test_group_norm_in_channels_last(device, mean, groups, dtype, rounding):
     """Output and gradients against nn.GroupNorm in float64."""
     torch.manual_seed(0)
