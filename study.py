@@ -124,12 +124,7 @@ class Job:
 
     def columns(self):
         """What tells this job apart in results/runs.csv, as {column: text}."""
-        norm = utils.NORMS[self.net]
-        published = {
-            "groups": {"layer": 1, "group": 4}.get(norm, ""),
-            "layer_variant": "C,H,W" if norm == "layer" else "",
-            "statistics_batch": self.settings.batch_size if norm == "batch" else "",
-        }
+        published = utils.norm_columns(utils.NORMS[self.net], 4, self.settings.batch_size)
         own = {name: getattr(self, name) or value for name, value in published.items()}
         own |= {"net": self.net, "optimizer": self.optimizer, "widths": " ".join(map(str, self.widths))}
         return {name: str(value) for name, value in (own | asdict(self.settings)).items()}
@@ -329,7 +324,10 @@ def main():
         for study in chosen:
             todo = missing(study, rows)
             total = len(STUDIES[study][1](rows))
-            minutes = f"about {seconds_of(todo, rows) / 60:.1f} minutes on one GPU, as the rows so far took"
+            seconds = seconds_of(todo, rows)
+            minutes = f"about {seconds / 60:.1f} minutes on one GPU, as the rows so far took"
+            if math.isnan(seconds):
+                minutes = "no GPU run so far to tell the time by"
             print(f"{study}: {len(todo)} of {total} runs missing, {minutes}" if total else f"{study}: waits for rate")
         return
     if not torch.cuda.is_available() and options.only is None:

@@ -452,7 +452,7 @@ class PooledConvolution(nn.Module):
 class ChannelsLastGroupNorm(nn.Module):
     """nn.GroupNorm's function and parameters (float32), for activations (N, C, H, W) in channels last.
 
-    PyTorch's own copies to channels first and back on CUDA, and its backward pass is slow on CPUs.
+    PyTorch's own takes bfloat16 parameters alone with bfloat16 activations on CUDA; on CPUs its backward pass is slow.
     """
 
     def __init__(self, norm):
@@ -653,7 +653,10 @@ class Trainer:
 
 
 def build(net, settings, **options):
-    """The net called `net` (NetA, NetB, NetC or Net, the control), its initial weights drawn from settings.seed."""
+    """The net called `net` (NetA, NetB, NetC or Net, the control), its initial weights drawn from settings.seed.
+
+    options are those of `models.Net`. ValueError for another name, or for options that it can't be built from.
+    """
     if net not in NORMS:
         raise ValueError(f"net is {net!r}; choose one of {', '.join(NORMS)}")
     torch.manual_seed(settings.seed)
@@ -672,7 +675,8 @@ def train(net, data, settings, label="", track=True, compile=False):
 
     Returns its history, a dict per epoch: epoch (from 1), loss (with label smoothing) and train_accuracy (both while
     training), test_accuracy (nan unless `track`), learning_rate (of the last step), seconds (of training alone).
-    The same settings, machine, torch and thread count give the same weights, bit for bit.
+    The same settings, machine, torch and thread count give the same weights, bit for bit. ValueError when a batch is
+    larger than the training split, MemoryError when it takes more than a GPU's memory.
     """
     history = []
     try:
@@ -760,13 +764,11 @@ def finish(name, net, data, settings, history, study, seconds, variant=None):
         "study": study if data.real else "stand-in",
         "net": name,
         "norm": net.norm,
-        "layer_variant": "C,H,W" if net.norm == "layer" else "",
-        "groups": {"layer": 1, "group": net.groups}.get(net.norm, ""),
+        **norm_columns(net.norm, net.groups, settings.batch_size),
         "widths": " ".join(map(str, net.widths)),
         "activation": "SiLU",
         "optimizer": "muon",
         **asdict(settings),
-        "statistics_batch": settings.batch_size if net.norm == "batch" else "",
         "train_images": len(data.images),
         "split": data.split,
         "precision": str(pick_precision(data.images.device)).removeprefix("torch."),
@@ -782,6 +784,15 @@ def finish(name, net, data, settings, history, study, seconds, variant=None):
         "status": "done" if math.isfinite(scores.loss) else "diverged",
     } | (variant or {})
     return Run(net, history, scores, row)
+
+
+def norm_columns(norm, groups, batch_size):
+    """The columns of results/runs.csv that say over what a published net's norm takes its statistics."""
+    return {
+        "layer_variant": "C,H,W" if norm == "layer" else "",
+        "groups": {"layer": 1, "group": groups}.get(norm, ""),
+        "statistics_batch": batch_size if norm == "batch" else "",
+    }
 
 
 # The columns of results/runs.csv that a run measures or notes; all others are its settings and tell rows apart.

@@ -60,5 +60,6 @@ def test_two_epochs_of_cifar10(tmp_path):
     before = git_status()
     _, rows = execute(tmp_path, ROOT, S8_DATA="cifar10", S8_EPOCHS="2")
     assert rows["net"].tolist() == ["NetA", "NetB", "NetC"]
+    assert set(rows["study"]) == {"short"}
     assert (rows["test_accuracy"] >= 55).all(), rows[["net", "test_accuracy"]]
     assert git_status() == before, "a user's run changed the checkout"

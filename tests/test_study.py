@@ -228,3 +228,30 @@ def test_the_rate_reaches_every_optimizer(small):
         trainer.rates.fill_(0.01)
         next(trainer.epoch())
         assert not any(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", study.OPTIMIZERS)
+def test_only_convolutions_decay(name):
+    """With no gradient at all, what decays shrinks and the rest stays: the same weights under every optimizer."""
+    net = utils.build("NetA", TINY)
+    before = {key: p.detach().clone() for key, p in net.named_parameters()}
+    optimizer = study.OPTIMIZERS[name](net, torch.tensor(0.1), 0.5, 0.9, torch.float32)
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for key, parameter in net.named_parameters():
+        if parameter.ndim == 4 and not key.startswith("c11"):
+            assert parameter.norm() < 0.97 * before[key].norm(), key
+        else:
+            assert torch.equal(parameter, before[key]), key
+
+
+def test_commands(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["study.py", "--dry-run"])
+    study.main()
+    assert capsys.readouterr().out.startswith("tune: 3 of 3 runs missing, no GPU run so far to tell the time by")
+    monkeypatch.setattr(sys, "argv", ["study.py"])
+    with pytest.raises(SystemExit):
+        study.main()
+    assert "there is no GPU here, where all lists would take days: choose one with --only" in capsys.readouterr().err
