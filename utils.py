@@ -44,6 +44,7 @@ LEARNING_RATES = {"NetA": 0.06, "NetB": 0.03, "NetC": 0.03}  # best on the valid
 AUGMENTS = ("none", "flip", "flip+crop")
 WARMUP = 0.2  # share of the steps in which the learning rate climbs; it falls to nearly 0 over the others
 LABEL_SMOOTHING = 0.1
+LOSS_SCALE = 128  # keeps gradients within float16's range; gradients are divided by it, exactly, as a power of two
 
 
 @dataclass(frozen=True)
@@ -368,14 +369,14 @@ def standardise(images):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def orthogonalise(matrices, steps=4):
-    """(K, m, n) to matrices with the same singular vectors and singular values near 1, in the same precision.
+def orthogonalise(matrices, dtype, steps=4):
+    """(K, m, n) to matrices with the same singular vectors and singular values near 1, computed in `dtype`.
 
     Four steps of the Newton-Schulz iteration of Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/ (its
     coefficients). Rows and columns of zeros stay zero, so matrices of several shapes can share one padded stack.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = (matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
     for _ in range(steps):
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
@@ -395,38 +396,51 @@ class Muon:
 
     def __init__(self, net, learning_rate, weight_decay, momentum, dtype=torch.float32):
         self.weights = [module.weight for module in net.modules() if isinstance(module, nn.Conv2d)][:-1]
-        self.rest = [p for p in net.parameters() if all(p is not weight for weight in self.weights)]
+        rest = [p for p in net.parameters() if all(p is not weight for weight in self.weights)]
+        self.parameters = self.weights + rest
+        self.sizes = [p.numel() for p in self.parameters]
         self.learning_rate, self.weight_decay, self.momentum = learning_rate, weight_decay, momentum
-        self.state = {p: {"momentum_buffer": torch.zeros_like(p)} for p in self.weights + self.rest}
+        self.dtype, device = dtype, learning_rate.device
+        self.momenta = torch.zeros(sum(self.sizes), device=device)
+        self.state = {"all": {"momenta": self.momenta}}
         rows, columns = max(len(w) for w in self.weights), max(w[0].numel() for w in self.weights)
-        self.stack = torch.zeros(len(self.weights), rows, columns, device=learning_rate.device, dtype=dtype)
-
-    def in_stack(self, stack):
-        """Views of (K, rows, columns), one for each convolution, in its shape."""
-        pairs = zip(stack, self.weights, strict=True)
-        return [matrix[: len(w), : w[0].numel()].unflatten(1, w.shape[1:]) for matrix, w in pairs]
-
-    def nesterov(self, parameters):
-        momenta, gradients = [self.state[p]["momentum_buffer"] for p in parameters], [p.grad for p in parameters]
-        torch._foreach_mul_(momenta, self.momentum)
-        torch._foreach_add_(momenta, gradients)
-        return torch._foreach_add(gradients, momenta, alpha=self.momentum)
+        self.stack = torch.zeros(len(self.weights), rows, columns, device=device)
+        numbers = torch.arange(self.stack.numel(), device=device).view_as(self.stack)
+        pairs = zip(numbers, self.weights, strict=True)
+        self.places = torch.cat([matrix[: len(w), : w[0].numel()].flatten() for matrix, w in pairs])  # in the stack
 
     @torch.no_grad()
     def step(self):
-        torch._foreach_copy_(self.in_stack(self.stack), self.nesterov(self.weights))
-        updates = orthogonalise(self.stack).float() * self.learning_rate
+        gradients = torch.cat([flat(p.grad) for p in self.parameters])
+        self.momenta.mul_(self.momentum).add_(gradients)
+        updates = gradients.add_(self.momenta, alpha=self.momentum)
+        of_weights, of_rest = updates.split([len(self.places), len(updates) - len(self.places)])
+        self.stack.view(-1)[self.places] = of_weights
+        of_weights.copy_(orthogonalise(self.stack, self.dtype).view(-1)[self.places])
+        of_rest.mul_(10)
+        updates.mul_(self.learning_rate)
         torch._foreach_mul_(self.weights, 1 - self.learning_rate * self.weight_decay)
-        torch._foreach_sub_(self.weights, self.in_stack(updates))
-        updates = self.nesterov(self.rest)
-        torch._foreach_mul_(updates, 10 * self.learning_rate)
-        torch._foreach_sub_(self.rest, updates)
+        pairs = zip(updates.split(self.sizes), self.parameters, strict=True)
+        torch._foreach_sub_(self.parameters, [unflat(update, p) for update, p in pairs])
+
+
+def flat(values):
+    """All values in one row, a convolution's (out, in, k, k) in the order of channels last, as they lie in memory."""
+    return values.permute(0, 2, 3, 1).flatten() if values.ndim == 4 else values.flatten()
+
+
+def unflat(row, parameter):
+    """What `flat` made a row of, in the shape of `parameter`."""
+    if parameter.ndim < 4:
+        return row.view_as(parameter)
+    out, channels, height, width = parameter.shape
+    return row.view(out, height, width, channels).permute(0, 3, 1, 2)
 
 
 def pick_precision(device):
-    """torch.bfloat16 where `device` computes with it natively, else torch.float32."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
-        return torch.bfloat16  # torch.cuda.is_bf16_supported() also counts the slow emulation of older GPUs
+    """The 16-bit type that `device` computes with natively, float16 on GPUs and bfloat16 on CPUs, or torch.float32."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0):
+        return torch.float16  # as fast as bfloat16, more exact, on more GPUs, and cuDNN has a batch norm for it
     if device.type == "cpu":
         capabilities = torch.cpu.get_capabilities()
         if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
@@ -452,7 +466,7 @@ class PooledConvolution(nn.Module):
 class ChannelsLastGroupNorm(nn.Module):
     """nn.GroupNorm's function and parameters (float32), for activations (N, C, H, W) in channels last.
 
-    PyTorch's own takes bfloat16 parameters alone with bfloat16 activations on CUDA; on CPUs its backward pass is slow.
+    PyTorch's own copies to channels first and back on CUDA; on CPUs its backward pass is slow.
     """
 
     def __init__(self, norm):
@@ -464,26 +478,30 @@ class ChannelsLastGroupNorm(nn.Module):
 
 
 class _GroupNorm(torch.autograd.Function):
-    """The passes of `ChannelsLastGroupNorm`; statistics are (N, groups, channels of a group) or (N, groups, 1)."""
+    """The passes of `ChannelsLastGroupNorm`; float32 statistics, (N, groups, channels of a group) or (N, groups, 1).
+
+    Small tensors cost a launch each on CUDA, so their arithmetic is kept to few operations.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, groups, eps):
         n, channels, height, width = x.shape
         size = x[0].numel() // groups
+        weight, bias = weight.view(groups, -1), bias.view(groups, -1)
         if x.is_cuda:
             mean = channel_sums(x, groups).sum(2, keepdim=True) / size
+            norms = torch.linalg.vector_norm(x, dim=(2, 3), dtype=torch.float32).view(n, groups, -1)
+            variance = torch.addcmul(norms.square().sum(2, keepdim=True) / size, mean, mean, value=-1)
+            rstd = (variance.clamp_(min=0) + eps).rsqrt_()
+            scale = weight * rstd
+            y = torch.addcmul(per_channel(torch.addcmul(bias, mean, scale, value=-1), x), x, per_channel(scale, x))
         else:
-            y, mean, rstd = torch.native_group_norm(x, weight, bias, n, channels, height * width, groups, eps)
-            mean, rstd = mean[..., None], rstd[..., None]
-        # With the mean taken off first, little is left for bfloat16 to round, here and in the backward pass.
-        rounded = mean.to(x.dtype)
-        x, mean = x - per_channel(rounded, x), mean - rounded.float()
-        if x.is_cuda:
-            norms = torch.linalg.vector_norm(x, dim=(2, 3), dtype=torch.float32).view(n, groups, -1)  # reads x once
-            variance = norms.square().sum(2, keepdim=True) / size - mean.square()
-            rstd = (variance + eps).rsqrt()
-            scale = weight.view(groups, -1) * rstd
-            y = torch.addcmul(per_channel(bias.view(groups, -1) - mean * scale, x), x, per_channel(scale, x))
+            y, mean, rstd = torch.native_group_norm(
+                x, weight.flatten(), bias.flatten(), n, channels, height * width, groups, eps
+            )
+            # Without most of the mean, little is left for bfloat16 to round in the backward pass.
+            rounded = mean[..., None].to(x.dtype)
+            x, mean, rstd = x - per_channel(rounded, x), mean[..., None] - rounded.float(), rstd[..., None]
         ctx.save_for_backward(x, weight, mean, rstd)
         return y
 
@@ -491,14 +509,16 @@ class _GroupNorm(torch.autograd.Function):
     def backward(ctx, gradient):
         x, weight, mean, rstd = ctx.saved_tensors
         groups = mean.shape[1]
-        size, weight = x[0].numel() // groups, weight.view(groups, -1)
         total = channel_sums(gradient, groups)
-        product = (channel_sums(gradient * x, groups) - mean * total) * rstd  # of the gradient and the normalised x
-        a = weight * rstd
-        b = -(weight * product).sum(2, keepdim=True) / size * rstd.square()
-        c = -(weight * total).sum(2, keepdim=True) / size * rstd - mean * b
-        result = torch.addcmul(per_channel(c, x), x, per_channel(b, x)).addcmul_(gradient, per_channel(a, x))
-        return result, product.sum(0).flatten(), total.sum(0).flatten(), None, None
+        product = torch.addcmul(channel_products(gradient, x, groups), mean, total, value=-1) * rstd
+        both = torch.stack([total, product])  # sums of the gradient, and of the gradient times the normalised x
+        c, b = (weight * both).sum(3, keepdim=True) * (rstd / (-x[0].numel() // groups))
+        b = b * rstd
+        c = torch.addcmul(c, mean, b, value=-1)
+        result = torch.addcmul(per_channel(c, x), x, per_channel(b, x))
+        result.addcmul_(gradient, per_channel(weight * rstd, x))
+        of_bias, of_weight = both.sum(1).flatten(1)
+        return result, of_weight, of_bias, None, None
 
 
 def channel_sums(x, groups):
@@ -508,10 +528,20 @@ def channel_sums(x, groups):
     return total.view(len(x), groups, -1)
 
 
+def channel_products(x, y, groups):
+    """`channel_sums` of x * y."""
+    if not x.is_cuda or torch.compiler.is_compiling():
+        return channel_sums(x * y, groups)
+    # All channels with all, of which the diagonal is wanted: still faster than to write x * y and to read it again.
+    x, y = (values.permute(0, 2, 3, 1).flatten(1, 2) for values in (x, y))
+    products = torch.bmm(x.mT, y, out_dtype=torch.float32) if x.dtype != torch.float32 else torch.bmm(x.mT, y)
+    return products.diagonal(dim1=1, dim2=2).unflatten(1, (groups, -1))
+
+
 def per_channel(values, x):
     """(N, groups, C / groups) or (N, groups, 1) to what (N, C, H, W) is added to or multiplied by, in the type of x."""
     n, channels = x.shape[:2]
-    return values.expand(n, -1, channels // values.shape[1]).reshape(n, channels, 1, 1).to(x.dtype)
+    return values.to(x.dtype).expand(n, -1, channels // values.shape[1]).reshape(n, channels, 1, 1)
 
 
 def working_copy(net, dtype):
@@ -530,15 +560,14 @@ def working_copy(net, dtype):
     return copied
 
 
-def compiled(model, images):
-    """`model` under torch.compile, tried on `images`; `model` itself, after one line that says so, where that fails."""
+def can_compile(device):
+    """Whether torch.compile works on `device`; one line says so when it does not."""
     try:
-        # A copy is tried: the first call would change batch norm's averages. What was compiled serves every net alike.
-        torch.compile(copy.deepcopy(model), dynamic=False)(images).sum().backward()
+        torch.compile(torch.sin)(torch.zeros(1, device=device))
     except Exception as error:  # of many kinds: no C compiler, no Triton, a GPU that is too old
         print(f"torch.compile does not work here, going on without it: {str(error).strip().splitlines()[0]}")
-        return model
-    return torch.compile(model, dynamic=False)
+        return False
+    return True
 
 
 class Trainer:
@@ -575,8 +604,8 @@ class Trainer:
         self.sums = torch.zeros(2, device=device)  # over the epoch so far: loss, share of right answers
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.on_stream = functools.partial(torch.cuda.stream, self.stream) if self.stream else contextlib.nullcontext
-        if compile:
-            self.model = compiled(self.model, self.batch()[0])
+        if compile and can_compile(device):
+            self.loss = torch.compile(self.loss, dynamic=False)
         self.replay = self.capture() if self.stream and capture else self.step
 
     def batch(self):
@@ -592,18 +621,24 @@ class Trainer:
         self.rate.copy_(self.rates.index_select(0, self.now[1])[0])
         for parameter in self.model.parameters():
             parameter.grad = None
-        logits = self.model(images).float()
-        loss = F.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING)
-        loss.backward()
-        for working, parameter in self.copied:
-            parameter.grad = working.grad.float()
+        loss, share = self.loss(images, labels)
+        (LOSS_SCALE * loss).backward()
+        gradients = [working.grad.float() for working in self.model.parameters()]
+        torch._foreach_div_(gradients, LOSS_SCALE)
+        for parameter, gradient in zip(self.net.parameters(), gradients, strict=True):
+            parameter.grad = gradient
         self.optimizer.step()
         with torch.no_grad():
             if self.copied:
                 torch._foreach_copy_(*map(list, zip(*self.copied, strict=True)))
-            self.sums[0] += loss
-            self.sums[1] += (logits.argmax(1) == labels).float().mean()
+            self.sums += torch.stack([loss, share])
             self.now += 1
+
+    def loss(self, images, labels):
+        """Loss and share of right answers, over a batch."""
+        logits = self.model(images).float()
+        share = (logits.detach().argmax(1) == labels).float().mean()
+        return F.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING), share
 
     def capture(self):
         """Record `step` as a CUDA graph, leave all as it was before, and return the graph's replay."""

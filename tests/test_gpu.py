@@ -55,6 +55,29 @@ def test_compiled_and_captured_agree(data):
     assert losses[0] == pytest.approx(losses[1], abs=0.03)
 
 
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("mean", [0, 10])
+def test_group_norm_in_float16(groups, mean):
+    """Output and gradients against nn.GroupNorm in float64."""
+    torch.manual_seed(0)
+    norm = torch.nn.GroupNorm(groups, 32).to("cuda", torch.float64)
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 1.5)
+        norm.bias.uniform_(-1, 1)
+    images = torch.randn(16, 32, 8, 8, device="cuda").add(mean).half().contiguous(memory_format=torch.channels_last)
+    weights = torch.randn_like(images)
+    found = []
+    for layer, x in ((norm, images.double()), (utils.ChannelsLastGroupNorm(norm.float()), images.clone())):
+        layer.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        x.requires_grad_()
+        norm.zero_grad()
+        y = layer(x)
+        y.backward(weights.to(y.dtype))
+        found.append([tensor.double() for tensor in (y, x.grad, norm.weight.grad, norm.bias.grad)])
+    for expected, value in zip(*found, strict=True):
+        assert (value - expected).norm() < 0.003 * (1 + mean) * expected.norm()
+
+
 def test_one_step_an_epoch(data):
     weights("NetA", data, replace(SHORT, batch_size=10_000))
 
