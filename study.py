@@ -10,6 +10,7 @@ Needs CIFAR-10. A run that is finished is in results/runs.csv at once, and skipp
 """
 
 import argparse
+import collections
 import itertools
 import math
 import os
@@ -30,9 +31,8 @@ from utils import LEARNING_RATES, NETS, Settings
 RUNS = Path("results/runs.csv")
 ALL = (*NETS, "Net")  # with the control, which has no statistics
 AT_ONCE = 3  # runs that share a GPU: while one waits for its small kernels, another computes
-AUGMENTED_WEIGHT_DECAY = (
-    0.1  # with flip and crop: best on the validation split, over the three nets; see the study tune
-)
+COMPILE_FROM = 30  # runs of a study that share a net: with fewer, compiling it takes longer than it saves
+AUGMENTED_WEIGHT_DECAY = 0.1  # with flip and crop: best over the three nets in the study tune
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,25 +275,34 @@ def run_study(study, data):
     """Run what is missing of a study, a few runs at a time, each written when it ends."""
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     rows = read_texts()
-    mine = STUDIES[study][1](rows)[rank::world]
+    mine = STUDIES[study][1](rows)
+    alike = collections.Counter(map(program, mine))
+    mine = mine[rank::world]
     todo = [job for job in missing(study, rows) if job in mine]
     if STUDIES[study][0] == "validation":
         data = utils.validation_split(data)
     at_once = AT_ONCE if data.images.is_cuda else 1
     with tqdm(total=len(todo), desc=study) as bar:
         for start in range(0, len(todo), at_once):
-            runs = run_together(study, todo[start : start + at_once], data)
+            part = todo[start : start + at_once]
+            compile = [data.images.is_cuda and alike[program(job)] >= COMPILE_FROM for job in part]
+            runs = run_together(study, part, data, compile)
             utils.put_rows(RUNS, [one.row for one in runs])
             bar.update(len(runs))
 
 
-def run_together(study, todo, data):
-    """Train several nets at the same time on one device: a `Run` for each of the jobs `todo`."""
+def program(job):
+    """What the jobs have in common that one compiled program serves."""
+    return job.net, job.widths, job.groups, job.layer_variant, job.statistics_batch, job.settings.batch_size
+
+
+def run_together(study, todo, data, compile):
+    """Train several nets at the same time on one device, compiled or not: a `Run` for each of the jobs `todo`."""
     clock = time.perf_counter()
     nets = [job.build() for job in todo]
     trainers = [
-        utils.Trainer(net, data, job.settings, compile=data.images.is_cuda, optimizer=OPTIMIZERS[job.optimizer])
-        for net, job in zip(nets, todo, strict=True)
+        utils.Trainer(net, data, job.settings, compile=one, optimizer=OPTIMIZERS[job.optimizer])
+        for net, job, one in zip(nets, todo, compile, strict=True)
     ]
     for epoch in range(max(job.settings.epochs for job in todo)):
         for trainer in trainers:

@@ -44,6 +44,7 @@ LEARNING_RATES = {"NetA": 0.06, "NetB": 0.03, "NetC": 0.03}  # best on the valid
 AUGMENTS = ("none", "flip", "flip+crop")
 WARMUP = 0.2  # share of the steps in which the learning rate climbs; it falls to nearly 0 over the others
 LABEL_SMOOTHING = 0.1
+CROP = 4  # pixels by which random crops move an image, at most
 LOSS_SCALE = 128  # keeps gradients within float16's range; gradients are divided by it, exactly, as a power of two
 
 
@@ -56,7 +57,7 @@ class Settings:
     momentum: float = 0.95
     batch_size: int = 500  # images; what does not fill a batch waits for another epoch
     epochs: int = 20
-    augment: str = "none"  # one of AUGMENTS; the crop is from 4 reflected pixels around the image
+    augment: str = "none"  # one of AUGMENTS; see Trainer.epoch
     seed: int = 0  # of the initial weights, the order of the images and the augmentation
 
     def __post_init__(self):
@@ -340,8 +341,8 @@ def validation_split(data, per_class=500):
 def crop_and_flip(images, shift, flip):
     """Move and mirror each image: (B, 32, 32, 3) to the same, any type.
 
-    shift  (B, 2) int64, rows and columns, -4 to 4: the crop of 32x32 pixels that starts there in an image that is
-           continued by reflection
+    shift  (B, 2) int64, rows and columns: the crop of 32x32 pixels that starts there in an image that is continued
+           by reflection
     flip   (B,) bool: mirror the crop left to right
     """
     line = torch.arange(32, device=images.device)
@@ -599,7 +600,7 @@ class Trainer:
         self.generator = torch.Generator(device).manual_seed(settings.seed)
         self.order = torch.zeros(self.steps, settings.batch_size, dtype=torch.int64, device=device)
         self.shift = torch.zeros(len(data.images), 2, dtype=torch.int64, device=device)
-        self.flip = torch.zeros(len(data.images), dtype=torch.bool, device=device)
+        self.flip = torch.rand(len(data.images), generator=self.generator, device=device) < 0.5
         self.now = torch.zeros(2, 1, dtype=torch.int64, device=device)  # step of the epoch, step of the run
         self.sums = torch.zeros(2, device=device)  # over the epoch so far: loss, share of right answers
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -663,15 +664,20 @@ class Trainer:
         return graph.replay
 
     def epoch(self):
-        """Generator: one epoch, a step at each turn. On CUDA it runs ahead of the device, on this net's stream."""
+        """Generator: one epoch, a step at each turn. On CUDA it runs ahead of the device, on this net's stream.
+
+        Half of the images, drawn at first, are mirrored, and in the next epoch the other half: no image is seen the
+        same way twice in a row (Jordan 2024, https://arxiv.org/abs/2404.00498). Crops are drawn anew in each epoch.
+        """
         with self.on_stream():
             device, n = self.order.device, len(self.data.images)
             order = torch.randperm(n, generator=self.generator, device=device)
             self.order.copy_(order[: self.order.numel()].view_as(self.order))
             if "flip" in self.settings.augment:
-                self.flip.copy_(torch.rand(n, generator=self.generator, device=device) < 0.5)
+                self.flip.logical_not_()
             if "crop" in self.settings.augment:
-                self.shift.copy_(torch.randint(-4, 5, (n, 2), generator=self.generator, device=device))
+                shift = torch.randint(-CROP, CROP + 1, (n, 2), generator=self.generator, device=device)
+                self.shift.copy_(shift)
             self.now[0] = 0
             self.sums.zero_()
         for _ in range(self.steps):

@@ -53,6 +53,9 @@ def test_augmentation_is_drawn_per_image_and_only_when_asked(small):
     expected = utils.standardise(small.images[flipped.order[0]]).to(plain.dtype).float()
     assert torch.equal(images[mirrored], expected[mirrored].flip(3))
     assert torch.equal(images[~mirrored], expected[~mirrored])
+    before = flipped.flip.clone()
+    next(flipped.epoch())
+    assert torch.equal(flipped.flip, ~before)  # the other half of the images
     both, _ = batches("flip+crop")
     assert len({tuple(shift) for shift in both.shift.tolist()}) == 81
 

@@ -74,7 +74,7 @@ def test_shards_cover_everything_once(tiny, monkeypatch):
 def test_together_as_alone(tiny):
     """Runs that share a device get the weights that each would get by itself."""
     data, jobs = tiny
-    together = study.run_together("augment", jobs[:2], data)
+    together = study.run_together("augment", jobs[:2], data, [False, False])
     alone = utils.run("NetC", data, jobs[1].settings, track=False)
     assert together[1].scores.loss == alone.scores.loss
 
