@@ -44,7 +44,7 @@ LEARNING_RATES = {"NetA": 0.06, "NetB": 0.03, "NetC": 0.03}  # best on the valid
 AUGMENTS = ("none", "flip", "flip+crop")
 WARMUP = 0.2  # share of the steps in which the learning rate climbs; it falls to nearly 0 over the others
 LABEL_SMOOTHING = 0.1
-CROP = 4  # pixels by which random crops move an image, at most
+CROP = 2  # pixels by which random crops move an image, at most
 LOSS_SCALE = 128  # keeps gradients within float16's range; gradients are divided by it, exactly, as a power of two
 
 
