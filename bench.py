@@ -10,8 +10,8 @@ Needs CIFAR-10. An epoch is every training image once, forward, backward and upd
                       float32, SGD, loss and accuracy fetched in each step
     eager             utils.train's step, one kernel launched after another
     captured          the same, recorded as a CUDA graph: what utils.train does on a GPU
-    compiled          the same, the net under torch.compile: utils.train(..., compile=True)
-    captured-3        captured, three nets at once on one GPU: seconds per net and epoch
+    compiled          the same, net and loss under torch.compile: utils.train(..., compile=True)
+    captured-3, compiled-3    three nets at once on one GPU, as study.py trains them: seconds per net and epoch
 
 What was tried, once each and not kept in results/: one H100, batch 500, median seconds of 5 epochs (NetA, NetB, NetC)
 of the captured step unless it says otherwise. What is published is in results/bench.csv.
@@ -241,7 +241,7 @@ def bench(data, epochs):
     images = len(data.images) if device.type == "cuda" else len(data.images) // 5
     fast_paths = {"eager": {"capture": False}, "compiled": {"compile": True}}
     if device.type == "cuda":
-        fast_paths |= {"captured": {}, "captured-3": {"at_once": 3}}
+        fast_paths |= {"captured": {}, "captured-3": {"at_once": 3}, "compiled-3": {"compile": True, "at_once": 3}}
     rows, medians = [], {}
     for net in NETS:
         settings = settings_of(net)
@@ -256,7 +256,7 @@ def bench(data, epochs):
         for path, loop in loops.items():
             measured = {}
             if isinstance(loop, Fast):
-                trainer, compiling = loop.trainers[0], path == "compiled"
+                trainer, compiling = loop.trainers[0], path == "compiled"  # compiled-3 finds it compiled
                 bytes_moved = step_bytes(utils.build(net, settings), settings.batch_size) * trainer.steps
                 measured = {
                     "compile_seconds" if compiling else "warmup_seconds": round(loop.setup_seconds, 2),

@@ -1,5 +1,6 @@
 """What results/ say: the tables and figures that `python study.py --report` writes into README.md and s8.ipynb."""
 
+import collections
 import re
 from pathlib import Path
 
@@ -7,12 +8,21 @@ import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 import utils
 from utils import NETS
 
 RESULTS = Path("results")
-PATHS = ("plain-0", "plain-4", "eager", "captured", "captured-3", "compiled")  # of bench.py, as the README lists them
+PATHS = (
+    "plain-0",
+    "plain-4",
+    "eager",
+    "captured",
+    "captured-3",
+    "compiled",
+    "compiled-3",
+)  # of bench.py, as the README lists them
 
 
 def best_rates(rows):
@@ -156,27 +166,252 @@ def finding(net, rows):
     )
 
 
-def conclusion(rows):
-    """Markdown: the differences between the nets, paired by seed."""
-    lines = ["Differences in test accuracy, paired by seed:", ""]
+PAIRS = (("NetA", "NetB"), ("NetA", "NetC"), ("NetC", "NetB"))
+
+
+def pairs_table(rows):
+    """Markdown: the differences between the nets, paired by seed, with Holm's correction over all of them."""
+    from statsmodels.stats.multitest import multipletests  # here, since sweeps need not wait until it is loaded
+
+    lines, values = [], []
     for study in ("main", "augment"):
         chosen = rows[rows["study"] == study]
-        pairs = (("NetA", "NetB"), ("NetA", "NetC"), ("NetC", "NetB"))
-        lines.append(f"- {name_of(study, rows)}: " + "; ".join(utils.compare(chosen, *pair) for pair in pairs))
-    return "\n".join(lines)
+        accuracy = chosen.pivot(index="seed", columns="net", values="test_accuracy")
+        for first, second in PAIRS:
+            test = stats.ttest_rel(accuracy[first], accuracy[second])
+            low, high = test.confidence_interval()
+            values.append(test.pvalue)
+            lines.append(
+                {
+                    "runs": name_of(study, rows),
+                    "pair": f"{first} minus {second}",
+                    "points": f"{(accuracy[first] - accuracy[second]).mean():+.2f}",
+                    "95 % interval": f"{low:+.2f} to {high:+.2f}",
+                    "n": len(accuracy),
+                    "correlation over seeds": f"{accuracy[first].corr(accuracy[second]):.2f}",
+                }
+            )
+    for line, value in zip(lines, multipletests(values, method="holm")[1], strict=True):
+        line["p, Holm"] = f"{value:.2g}"
+    return markdown(pd.DataFrame(lines).set_index("runs"))
 
 
-def tuning(rows):
-    """Markdown: what a learning rate that is too high costs each net, on the held-out images."""
-    means = tuned(rows)
-    before, last = means.columns[-2:]
-    best = means.idxmax(axis=1)
-    same = ", ".join(f"{net} {means.loc[net, before] - means.loc[net, last]:.2f}" for net in NETS)
-    own = ", ".join(f"{net} {means.loc[net, best[net]] - means.loc[net, 2 * best[net]]:.2f}" for net in NETS)
-    return (
-        '"Hard to tune", in points of accuracy on the held-out images (n = 2): from a learning rate of '
-        f"{before} to {last} the nets lose {same}; from its own best rate to twice that, each loses {own}."
+def mean_of(rows, net, study, **settings):
+    """Mean test accuracy of a net in a study, at settings, and how many runs that is. ValueError without any."""
+    chosen = rows[(rows["study"] == study) & (rows["net"] == net)]
+    for name, value in settings.items():
+        chosen = chosen[chosen[name] == value]
+    if chosen.empty:
+        raise ValueError(f"no row of {net} in {study} at {settings}")
+    return chosen["test_accuracy"].mean(), len(chosen)
+
+
+def with_interval(values):
+    """A mean with its 95 % t interval, as text."""
+    low, high = stats.t.interval(0.95, len(values) - 1, values.mean(), stats.sem(values))
+    return f"{values.mean():.2f} % (95 % interval {low:.2f} to {high:.2f}, n = {len(values)})"
+
+
+def claims(rows):
+    """Markdown: what the original study claimed of each norm, with what the rows say of it."""
+    main, augment = (
+        rows[rows["study"] == study].pivot(index="seed", columns="net", values="test_accuracy")
+        for study in ("main", "augment")
     )
+    reached = {net: with_interval(main[net]) for net in NETS}
+    gains = "; ".join(f"{net} {utils.paired(augment[net], main[net])}" for net in NETS)
+    held_out = tuned(rows)
+    best = held_out.idxmax(axis=1)
+    losses = ", ".join(f"{net} {held_out.loc[net, best[net]] - held_out.loc[net, 2 * best[net]]:.2f}" for net in NETS)
+    own, _, wide, narrow = layer_variants(rows)
+    groups = rows[(rows["study"] == "groups") & (rows["groups"] != "C")].groupby("groups")["test_accuracy"].mean()
+    return f"""\
+**"Batch norm reaches its accuracy without augmentation": in part.** It reaches {reached["NetA"]} without, but so do
+layer norm, {reached["NetB"]}, and group norm, {reached["NetC"]}, within a point. And augmentation is not idle:
+flips and crops, with their own weight decay, change {gains}.
+
+**"Layer norm is hard to tune and presses on the parameter limit": not in the form used here.** With a scale and a
+shift per channel it has as many parameters as the others, {own.parameters:,}. With one per position
+(`nn.LayerNorm([C, H, W])`) the same chain has {wide.parameters:,} and reaches {wide.accuracies.mean():.2f} %;
+narrowed to {narrow.parameters:,}, {narrow.accuracies.mean():.2f} % (n = {len(narrow.accuracies)} each): there the
+limit presses. As to tuning, at twice its best learning rate each net loses, on the held-out images, {losses} points
+(n = 2, no interval).
+
+**"Group norm meets both limits easily": holds.** It has the same number of parameters and, with
+{groups.index.min()} to {groups.index.max()} groups, stays between {groups.min():.2f} and {groups.max():.2f} % (n =
+3 each). So does layer norm: NetC minus NetB is {utils.paired(main["NetC"], main["NetB"])}."""
+
+
+def advice(rows):
+    """Markdown: which norm to take, by what one has."""
+    whole, n = mean_of(rows, "NetA", "batch", statistics_batch=512)
+    two, four, sixteen = (mean_of(rows, "NetA", "batch", statistics_batch=size)[0] for size in (2, 4, 16))
+    others = [mean_of(rows, net, "batch")[0] for net in ("NetB", "NetC")]
+    small = {net: mean_of(rows, net, "width", parameters=9410)[0] for net in NETS}
+    one, several = (mean_of(rows, "NetC", "groups", groups=groups)[0] for groups in ("C", "4"))
+    lines = [
+        (
+            "batches of 16 images or more to take statistics over",
+            "batch norm",
+            f"{sixteen:.1f} to {whole:.1f} %, the others at most {max(others):.1f} (n = {n})",
+        ),
+        (
+            "2 or 4 images",
+            "group norm, or layer norm with a scale per channel",
+            f"at least {min(others):.1f} %, batch norm {two:.1f} and {four:.1f} (n = {n})",
+        ),
+        (
+            "very few parameters",
+            "batch norm",
+            f"at 9,410 {small['NetA']:.1f} %, layer norm {small['NetB']:.1f}, group norm {small['NetC']:.1f} (n = 3)",
+        ),
+        (
+            "instance norm, one channel a group, in mind",
+            "fewer groups",
+            f"{one:.1f} %, with 4 groups {several:.1f} (n = 3)",
+        ),
+        (
+            "`nn.LayerNorm([C, H, W])` in mind, and a parameter limit",
+            "`nn.GroupNorm(1, C)`",
+            "the same statistics with 2 parameters per channel instead of 2 per position",
+        ),
+    ]
+    return markdown(pd.DataFrame(lines, columns=["if you have", "use", "because"]).set_index("if you have"))
+
+
+def draw_points(axis, x, values, colour, label=None):
+    """A point per run at x, and a line at their mean."""
+    values = np.asarray(values, dtype=float)
+    axis.scatter(np.full(len(values), x), values, s=14, color=colour, alpha=0.6, label=label)
+    axis.hlines(values.mean(), x - 0.25, x + 0.25, color=colour, linewidth=2)
+
+
+def plot_statistics(rows, inside):
+    """Why batch norm needs a batch: how much its means differ, and its accuracy, by the images they are taken over."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    utils.draw_spreads(left, inside)
+    left.set_title("what the norms subtract")
+    batch = rows[rows["study"] == "batch"]
+    sizes = sorted(batch["statistics_batch"].dropna().unique())
+    for x, size in enumerate(sizes):
+        values = batch[(batch["net"] == "NetA") & (batch["statistics_batch"] == size)]["test_accuracy"]
+        draw_points(right, x, values, utils.COLOURS["batch"], None if x else "NetA, batch")
+    for net in ("NetB", "NetC"):
+        values, colour = batch[batch["net"] == net]["test_accuracy"], utils.COLOURS[utils.NORMS[net]]
+        right.axhline(values.mean(), color=colour, linestyle="--", label=f"{net}, {utils.NORMS[net]}")
+        right.axhspan(values.min(), values.max(), color=colour, alpha=0.12, linewidth=0)
+    right.set_xticks(range(len(sizes)), [f"{size:.0f}" for size in sizes])
+    right.set(xlabel="images that the statistics are taken over", ylabel="test accuracy, %")
+    right.set_title(f"what it costs: {len(values)} seeds, batches of 512")
+    right.legend(frameon=False)
+    right.grid(axis="y", alpha=0.3)
+    return figure
+
+
+def statistics_text(rows, inside):
+    """Markdown: figure and sentences on batch norm's statistics batch."""
+    sizes = sorted(rows[(rows["study"] == "batch") & (rows["net"] == "NetA")]["statistics_batch"].unique())
+    means = {size: mean_of(rows, "NetA", "batch", statistics_batch=size)[0] for size in sizes}
+    layer, n = mean_of(rows, "NetB", "batch")
+    group, _ = mean_of(rows, "NetC", "batch")
+    ahead = min(size for size in sizes if all(means[s] > max(layer, group) for s in sizes if s >= size))
+    listed = ", ".join(f"{means[size]:.2f} % with {size:.0f}" for size in sizes)
+    spread = inside[inside["net"] == "NetA"].groupby("images")["spread"].mean()
+    return f"""\
+![Left, spread of the subtracted means by layer; right, accuracy by statistics batch](img/statistics.png)
+
+**Does batch norm fail in small batches, as Wu & He (2018) saw on ImageNet? Yes, behind the others below {ahead:.0f}
+images.** With its mean and variance taken over slices of the batch of 512, all else alike, NetA ends at {listed};
+NetB at {layer:.2f} and NetC at {group:.2f} %, which have no such statistics (n = {n} each, a point per run, no
+interval). The left panel shows why: from slice to slice the mean over {spread.index.min()} images moves by
+{spread.iloc[0]:.2f} standard deviations, on average over the layers, that over {spread.index.max()} by
+{spread.iloc[-1]:.3f}, and eval mode puts one running average in the place of all of them; what layer and group norm
+subtract is an image's own, in training as in eval mode. Not tested: small batches for the optimizer as well."""
+
+
+def plot_axes(rows):
+    """Accuracy by the axes that a net's statistics are taken over: groups of channels, and kinds of layer norm."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained", width_ratios=(1, 1.2))
+    groups = rows[rows["study"] == "groups"]
+    counts = ["1", "2", "4", "8", "C"]
+    for x, count in enumerate(counts):
+        draw_points(left, x, groups[groups["groups"] == count]["test_accuracy"], utils.COLOURS["group"])
+    left.set_xticks(range(5), ["1\n(layer)", "2", "4\n(NetC)", "8", "one a channel\n(instance)"])
+    left.set(xlabel="groups of channels", ylabel="test accuracy, %", title="NetC")
+    variants = layer_variants(rows)
+    for x, variant in enumerate(variants):
+        draw_points(right, x, variant.accuracies, utils.COLOURS["layer"])
+    right.set_xticks(range(len(variants)), [f"{variant.name}\n{variant.parameters:,}" for variant in variants])
+    right.set(title="NetB", xlabel="statistics over, scale and shift, parameters")
+    for axis in (left, right):
+        axis.grid(axis="y", alpha=0.3)
+    return figure
+
+
+LayerVariant = collections.namedtuple("LayerVariant", "name parameters accuracies")
+
+
+def layer_variants(rows):
+    """The kinds of layer norm in the study layer: as published, per pixel, per position, and that within the budget."""
+    layer = rows[rows["study"] == "layer"]
+    published, pixel, position = (layer[layer["layer_variant"] == name] for name in ("C,H,W", "C", "[C,H,W]"))
+    over = position["parameters"] > 50_000
+    kinds = {
+        "C, H, W,\nper channel": published,
+        "C of each pixel,\nper channel": pixel,
+        "C, H, W,\nper position": position[over],
+        "the same,\nnarrower": position[~over],
+    }
+    return [LayerVariant(name, part["parameters"].iloc[0], part["test_accuracy"]) for name, part in kinds.items()]
+
+
+def axes_text(rows):
+    """Markdown: figure and sentences on groups and kinds of layer norm."""
+    groups = rows[rows["study"] == "groups"].groupby("groups")["test_accuracy"].mean()
+    some = groups.drop("C")
+    own, pixel, wide, narrow = (variant.accuracies.mean() for variant in layer_variants(rows))
+    return f"""\
+![Accuracy by number of groups, and by kind of layer norm](img/axes.png)
+
+**Which axes matter? Not the number of groups, as long as each has several channels.** From 1 to 8 groups group norm
+stays between {some.min():.2f} and {some.max():.2f} %; one channel a group, instance norm, has {groups["C"]:.2f}.
+Layer norm over all of an image has {own:.2f} %, over the channels of each pixel {pixel:.2f}; a scale and a shift
+per position instead of per channel {wide:.2f}, and within 50,000 parameters they leave so narrow a net that it has
+{narrow:.2f} (n = 3 each, a point per run, no interval)."""
+
+
+def plot_budget(rows):
+    """Accuracy of each net by its number of parameters, a point per run and a line through the means."""
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    width = rows[rows["study"] == "width"]
+    for net in NETS:
+        own, colour = width[width["net"] == net], utils.COLOURS[utils.NORMS[net]]
+        means = own.groupby("parameters")["test_accuracy"].mean()
+        axis.scatter(own["parameters"], own["test_accuracy"], s=14, color=colour, alpha=0.6)
+        axis.plot(means.index, means, color=colour, label=f"{net}, {utils.NORMS[net]}")
+    axis.set(xscale="log", xlabel="parameters", ylabel="test accuracy, %")
+    axis.set_xticks(means.index, [f"{count:,}" for count in means.index])
+    axis.minorticks_off()
+    axis.legend(frameon=False)
+    axis.grid(alpha=0.3)
+    return figure
+
+
+def budget_text(rows):
+    """Markdown: figure and sentences on the number of parameters."""
+    width = rows[rows["study"] == "width"].groupby(["parameters", "net"])["test_accuracy"].mean().unstack("net")
+    losses = {net: width[net].iloc[-1] - width[net].iloc[0] for net in NETS}
+    leads = ", ".join(
+        f"{line.NetA - line.NetB:.1f} and {line.NetA - line.NetC:.1f} points at {size:,}"
+        for size, line in width.iterrows()
+    )
+    return f"""\
+![Accuracy by number of parameters](img/budget.png)
+
+**What does a smaller budget cost? All nets much, and batch norm least.** From {width.index[-1]:,} parameters down
+to {width.index[0]:,}, NetA loses {losses["NetA"]:.1f} points, NetB {losses["NetB"]:.1f} and NetC
+{losses["NetC"]:.1f}. Batch norm's lead over layer and group norm is {leads} parameters. All budgets have the
+learning rates that were tuned for the largest (n = 3, a point per run, no interval)."""
 
 
 def decades_within(rates, accuracies, points=1.0):
@@ -294,16 +529,27 @@ def fill(text, blocks):
 def report():
     """Rewrite the generated parts of README.md and of the notebook, and img/accuracy.png, from results/."""
     rows = utils.read_rows(RESULTS / "runs.csv")
-    figure = plot_accuracy(rows)
-    utils.save(Path("img/accuracy.png"), lambda temporary: figure.savefig(temporary, dpi=160))
+    inside = pd.read_csv(RESULTS / "inside.csv")
+    figures = {
+        "accuracy": plot_accuracy(rows),
+        "statistics": plot_statistics(rows, inside),
+        "axes": plot_axes(rows),
+        "budget": plot_budget(rows),
+    }
+    for name, figure in figures.items():
+        utils.save(Path("img") / f"{name}.png", lambda temporary, figure=figure: figure.savefig(temporary, dpi=160))
     blocks = {
         "results": results_table(rows),
         "expect": expectations(rows),
         "tune": markdown(tuned(rows).map("{:.2f}".format)),
         "tune-augment": markdown(tuned(rows, "weight_decay", "flip+crop").map("{:.2f}".format)),
         "augment": augment_table(rows),
-        "conclusion": conclusion(rows),
-        "tuning": tuning(rows),
+        "pairs": pairs_table(rows),
+        "claims": claims(rows),
+        "advice": advice(rows),
+        "sweep-statistics": statistics_text(rows, inside),
+        "sweep-axes": axes_text(rows),
+        "sweep-budget": budget_text(rows),
         "speed": speed_table(),
     }
     for net in NETS:

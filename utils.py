@@ -1156,6 +1156,58 @@ def overlap(mistakes):
     return nets.map(names).value_counts().rename("images")
 
 
+@torch.no_grad()
+def spreads(net, name, images, size=1):
+    """How much the means that `net`'s norms subtract differ, in units of the standard deviations they divide by.
+
+    name    of the net, for the rows
+    images  uint8 (N, 32, 32, 3); statistics are taken over each `size` of them, as batch norm does when training; of
+            layer and group norm each image has its own, size 1
+    Returns a row per layer: net, images (the size), layer, spread.
+    """
+    rows = []
+
+    def look(layer, norm, x):
+        groups = norm.num_groups if isinstance(norm, nn.GroupNorm) else x.shape[1]
+        values = x.unflatten(1, (groups, -1)).unflatten(0, (-1, size))
+        variance, mean = torch.var_mean(values, (1, 3, 4, 5), correction=0)  # (N / size, groups)
+        spread = (mean.var(0, correction=0).mean() / variance.mean()).sqrt().item()
+        rows.append({"net": name, "images": size, "layer": layer, "spread": round(spread, 5)})
+
+    blocks = [(layer, block) for layer, block in net.named_children() if isinstance(block, nn.Sequential)]
+    hooks = [
+        block.norm.register_forward_pre_hook(lambda norm, inputs, layer=layer: look(layer, norm, inputs[0]))
+        for layer, block in blocks
+    ]
+    net.eval()(standardise(images))
+    for hook in hooks:
+        hook.remove()
+    return rows
+
+
+def draw_spreads(axis, rows):
+    """Lines of `spreads` on a Matplotlib axis: dashed where the statistics are an image's own."""
+    shades = plt.get_cmap("Blues")
+    sizes = sorted(rows[rows["net"] == "NetA"]["images"].unique())
+    for (net, size), line in rows.groupby(["net", "images"], sort=False):
+        norm = NORMS[net]
+        alone, several = f"{net}, {norm}: an image's own", f"{net}, {norm}: of {size} images"
+        colour = shades(0.4 + 0.5 * sizes.index(size) / len(sizes)) if norm == "batch" else COLOURS[norm]
+        style = {"color": colour, "marker": "o", "markersize": 3, "linestyle": "-" if norm == "batch" else "--"}
+        axis.plot(line["layer"], line["spread"], label=several if norm == "batch" else alone, **style)
+    axis.set(ylabel="spread of the means subtracted,\nin standard deviations", yscale="log")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, fontsize=8)
+
+
+def plot_spreads(rows, data):
+    """`draw_spreads` as a figure of its own."""
+    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
+    draw_spreads(axis, rows)
+    axis.set_title(title("How much the subtracted means differ, from batch to batch or image to image", data))
+    return figure
+
+
 def plot_overlap(mistakes, data):
     """Bars of `overlap`, the largest on top."""
     counts = overlap(mistakes).sort_values()

@@ -24,12 +24,13 @@ def execute(tmp_path, folder, **settings):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "epoch 1, loss" in done.stdout + done.stderr, "no progress was shown"
     cells = nbformat.read(tmp_path / "s8.ipynb", as_version=4).cells
+    made = tmp_path / "stand-in" if settings["S8_DATA"] == "synthetic" else tmp_path
     for norm in ("batch", "layer", "group"):
-        with Image.open(tmp_path / "img" / f"{norm}.png") as image:
+        with Image.open(made / "img" / f"{norm}.png") as image:
             assert min(image.size) > 900
     for net in ("NetA", "NetB", "NetC"):
-        assert (tmp_path / "weights" / f"{net}.pt").stat().st_size < 400_000
-    return cells, pd.read_csv(tmp_path / "results" / "runs.csv")
+        assert (made / "weights" / f"{net}.pt").stat().st_size < 400_000
+    return cells, pd.read_csv(made / "results" / "runs.csv")
 
 
 def git_status():
@@ -45,14 +46,15 @@ def test_stand_in(tmp_path):
     cells, rows = execute(tmp_path, folder, S8_DATA="synthetic", S8_EPOCHS="5")
     assert rows["study"].unique().tolist() == ["stand-in"]
     assert rows["test_accuracy"].between(60, 97).all(), rows[["net", "test_accuracy"]]
-    mistakes = pd.read_csv(tmp_path / "results" / "mistakes.csv")
+    mistakes = pd.read_csv(tmp_path / "stand-in" / "results" / "mistakes.csv")
     assert (mistakes.groupby("net").size() >= 10).all()
     outputs = [output for cell in cells if cell.cell_type == "code" for output in cell.outputs]
     assert not [output for output in outputs if output.get("name") == "stderr"]
     assert "\r" not in "".join(output.get("text", "") for output in outputs), "a bar is saved with its past"
     texts = [output.get("text", "") for output in outputs]
     assert any("not results" in text for text in texts)
-    assert "results/runs.csv is not beside this notebook\n" in texts
+    spread = pd.read_csv(tmp_path / "stand-in" / "results" / "inside.csv").groupby(["net", "images"])["spread"].mean()
+    assert spread["NetA"].is_monotonic_decreasing  # with images a batch
 
 
 @pytest.mark.usefixtures("real")

@@ -6,10 +6,12 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
+from scipy import stats
 
 import models
 import report
@@ -25,9 +27,8 @@ NOTEBOOK = json.loads((ROOT / "s8.ipynb").read_text(encoding="utf-8"))
 def test_readme_has_every_generated_part():
     parts = [part for part in re.findall(r"<!-- ([\w-]+) -->\n", README) if part != "end"]
     nets = [f"{part}-{net}" for part in ("finding", "mistakes") for net in utils.NETS]
-    assert sorted(parts) == sorted(
-        ["results", "expect", "speed", "tune", "tune-augment", "augment", "conclusion", "tuning", *nets]
-    )
+    tables = ["results", "expect", "speed", "tune", "tune-augment", "augment", "pairs", "claims", "advice"]
+    assert sorted(parts) == sorted([*tables, "sweep-statistics", "sweep-axes", "sweep-budget", *nets])
 
 
 def test_report_changes_nothing(tmp_path):
@@ -79,6 +80,7 @@ def test_prose_says_what_the_rows_do():
         apart = utils.compare(ROWS[ROWS["study"] == name], "NetC", "NetB")
         low, high = map(float, re.search(r"interval (\S+) to (\S+),", apart).groups())
         assert low < 0 < high
+    assert (means["augment"] > means["main"] + 1).all()
     assert ROWS[ROWS["study"] == "augment"].groupby("net").size().tolist() == [10, 10, 10]
 
 
@@ -120,3 +122,49 @@ def test_requirements_are_pinned():
     for name in ("requirements.txt", "requirements-dev.txt"):
         for line in (ROOT / name).read_text().splitlines():
             assert line.startswith("-r ") or re.fullmatch(r"[\w-]+==[\w.]+", line), line
+
+
+def sweep(name):
+    return ROWS[ROWS["study"] == name]
+
+
+def test_prose_says_what_the_sweeps_do():
+    """The words, verdicts and advice around the numbers of the sweeps."""
+    batch = sweep("batch").groupby(["net", "statistics_batch"], dropna=False)["test_accuracy"].mean()
+    others = [batch[net].iloc[0] for net in ("NetB", "NetC")]
+    assert batch["NetA"].loc[[2, 4]].max() < min(others)
+    assert batch["NetA"].loc[16:].min() > max(others)
+    groups = sweep("groups").groupby("groups")["test_accuracy"].mean()
+    assert groups.drop("C").max() - groups.drop("C").min() < 0.5 < groups.drop("C").min() - groups["C"]
+    own, pixel, wide, narrow = (variant.accuracies.mean() for variant in report.layer_variants(ROWS))
+    assert own > wide > pixel > narrow
+    assert [variant.parameters for variant in report.layer_variants(ROWS)] == [48_042, 48_042, 195_066, 49_880]
+    width = sweep("width").groupby(["parameters", "net"])["test_accuracy"].mean().unstack("net")
+    losses = width.iloc[-1] - width.iloc[0]
+    assert losses.idxmin() == "NetA"
+    assert (width.idxmax(axis=1) == "NetA").all()
+    assert width.index.tolist() == [9_410, 19_758, 34_918, 48_042]
+    for name in ("batch", "groups", "layer", "width"):
+        keys = ["net", "statistics_batch", "groups", "layer_variant", "widths"]
+        assert set(sweep(name).groupby(keys, dropna=False).size()) == {3}
+
+
+def test_pairs_by_independent_arithmetic():
+    """README's differences, intervals and p values against plain sums and SciPy's t distribution."""
+    values, shown = [], report.pairs_table(ROWS)
+    for name in ("main", "augment"):
+        by_net = sweep(name).pivot(index="seed", columns="net", values="test_accuracy")
+        for first, second in (("NetA", "NetB"), ("NetA", "NetC"), ("NetC", "NetB")):
+            differences = [a - b for a, b in zip(by_net[first], by_net[second], strict=True)]
+            mean = sum(differences) / 10
+            error = (sum((d - mean) ** 2 for d in differences) / 9 / 10) ** 0.5
+            reach = 2.262157 * error  # the 97.5 % point of Student's t with 9 degrees of freedom
+            assert (
+                f"| {first} minus {second} | {mean:+.2f} | {mean - reach:+.2f} to {mean + reach:+.2f} | 10 |" in shown
+            )
+            values.append(2 * stats.t.sf(abs(mean / error), 9))
+    order, holm = np.argsort(values), 0
+    for rank, place in enumerate(order):
+        holm = max(holm, min(1, values[place] * (6 - rank)))
+        assert f"| {holm:.2g} |" in shown
+    assert shown in README
