@@ -838,7 +838,7 @@ def norm_columns(norm, groups, batch_size):
 
 # The columns of results/runs.csv that a run measures or notes; all others are its settings and tell rows apart.
 MEASURED = {"parameters", "train_accuracy", "test_accuracy", "validation_accuracy", "test_loss", "seconds", "device"}
-MEASURED |= {"torch", "commit", "status"}
+MEASURED |= {"torch", "commit", "status", "precision"}
 
 
 def device_name(device):
