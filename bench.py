@@ -14,7 +14,8 @@ Needs CIFAR-10. An epoch is every training image once, forward, backward and upd
     captured-3, compiled-3    three nets at once on one GPU, as study.py trains them: seconds per net and epoch
 
 What was tried, once each and not kept in results/: one H100, batch 500, median seconds of 5 epochs (NetA, NetB, NetC)
-of the captured step unless it says otherwise. What is published is in results/bench.csv.
+of the captured step unless it says otherwise, in bfloat16 unless it says float16. What is published is in
+results/bench.csv.
 
     first version: padded Newton-Schulz stack, group norm in channels first     .256  .303  .309
     1x1 convolutions after their pool, pool as a mean over 2x2 blocks: kept     .226  .287  .293
@@ -29,6 +30,16 @@ of the captured step unless it says otherwise. What is published is in results/b
     batch norm's statistics on 4 or 8 neighbouring pixels a row                 .221     -     -
     cudnn.benchmark                                                             .226     -  .293
     batch 1,000, batch 250                                               .190, .282  -  .219, .456
+    one row of momenta and two indexed copies in Muon: kept, simpler            .222     -  .309
+    group norm's gradient times activation by bmm instead of written out: kept     -  .289  .295
+    group norm applied with float32 scales, in mixed types                         -  .303  .310
+    cuDNN's nondeterministic kernels                                            .206     -     -
+    float16, for which cuDNN has its own batch norm: kept                       .180     -  .289
+    float16, and group norm by bmm: kept                                        .180  .269  .273
+    the same with fewer operations on group norm's small tensors: kept          .182  .253  .259
+    float16 with nondeterministic kernels                                       .181  .270  .274
+    float16 with widths that are multiples of 16                                .181     -     -
+    float16, torch.compile of net, then of net and loss and optimizer     .172, .160     -     -
 
 Group norm in channels last costs the captured step 5 to 7 %. It is kept because all nets' norms then have float32
 parameters, because it is faster on CPUs, and because the compiled step is faster with it.
@@ -303,19 +314,26 @@ def scale(data, epochs):
 def plot_scaling(rows):
     """Seconds an epoch against batch size, width and training images, with the memory model's share below."""
     device = rows["device"].iloc[0]
+    rows = rows.assign(launches=pd.to_numeric(rows["launches_per_step"], errors="coerce") * steps(rows))  # of an epoch
     panels = {
         "batch_size": ("images a batch", {"width": 1, "train_images": 50_000}),
         "width": ("times the published widths", {"batch_size": Settings.batch_size, "train_images": 50_000}),
         "train_images": ("training images", {"batch_size": Settings.batch_size, "width": 1}),
     }
     figure, axes = plt.subplots(1, 3, figsize=(10, 3.6), layout="constrained", sharey=True)
-    figure.suptitle(f"Seconds an epoch, {device}: solid measured, dotted what its bytes would take at copy speed")
+    figure.suptitle(
+        f"Seconds an epoch, {device}: solid measured, dotted its bytes at copy speed,\n"
+        "dashed its launches, each at what it takes where they are the limit (the smallest batches)"
+    )
     for axis, (column, (name, fixed)) in zip(axes, panels.items(), strict=True):
         for net in ("NetA", "NetC"):
             chosen = rows[rows["net"] == net]
             for key, value in fixed.items():
                 chosen = chosen[chosen[key] == value]
             chosen, colour = chosen.sort_values(column), utils.COLOURS[utils.NORMS[net]]
+            smallest = rows[rows["net"] == net].sort_values("batch_size").iloc[0]
+            each = smallest["seconds_per_epoch"] / smallest["launches"]
+            axis.plot(chosen[column], each * chosen["launches"], "--", color=colour, alpha=0.6)
             axis.plot(
                 chosen[column], chosen["seconds_per_epoch"], "o-", color=colour, label=f"{net}, {utils.NORMS[net]}"
             )
@@ -327,6 +345,11 @@ def plot_scaling(rows):
     axes[0].set_ylabel("seconds")
     axes[0].legend(frameon=False)
     return figure
+
+
+def steps(rows):
+    """Steps of an epoch, for each of the rows."""
+    return rows["train_images"] // rows["batch_size"]
 
 
 def check(data):

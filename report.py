@@ -323,7 +323,7 @@ def statistics_text(rows, inside):
 **Does batch norm fail in small batches, as Wu & He (2018) saw on ImageNet? Yes, behind the others below {ahead:.0f}
 images.** With its mean and variance taken over slices of the batch of 512, all else alike, NetA ends at {listed};
 NetB at {layer:.2f} and NetC at {group:.2f} %, which have no such statistics (n = {n} each, a point per run, no
-interval). The left panel shows why: from slice to slice the mean over {spread.index.min()} images moves by
+interval). The left panel shows a reason: from slice to slice the mean over {spread.index.min()} images moves by
 {spread.iloc[0]:.2f} standard deviations, on average over the layers, that over {spread.index.max()} by
 {spread.iloc[-1]:.3f}, and eval mode puts one running average in the place of all of them; what layer and group norm
 subtract is an image's own, in training as in eval mode. Not tested: small batches for the optimizer as well."""

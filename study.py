@@ -1,7 +1,7 @@
 """The sweeps behind the findings, as lists of settings, run by one process or by many.
 
     python study.py                 run what results/runs.csv does not hold yet
-    python study.py --only tune     the same for one list
+    python study.py --only tune     the same for one list, or for several
     python study.py --dry-run       say what is missing
     python study.py --report        rewrite what README.md, s8.ipynb and img/accuracy.png show of results/
     torchrun --nproc-per-node=2 study.py    the same by two processes, each on its own GPU
@@ -11,6 +11,7 @@ Needs CIFAR-10. A run that is finished is in results/runs.csv at once, and skipp
 
 import argparse
 import collections
+import datetime
 import itertools
 import math
 import os
@@ -18,6 +19,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -198,6 +200,31 @@ def batch(rows):
     return jobs(["NetA"], 3, [{"batch_size": 512}], slices) + jobs(("NetB", "NetC"), 3, [{"batch_size": 512}])
 
 
+def batch_rate(rows):
+    """Learning rates at both ends of the optimizer's batch sizes, as multiples of the published ones."""
+    factors = {32: (1 / 16, 1 / 8, 1 / 4, 1 / 2), 1024: (1 / 2, 1, 2, 4)}
+    return [
+        Job(net, Settings(learning_rate=factor * LEARNING_RATES[net], batch_size=size, seed=seed))
+        for seed, size in itertools.product(range(2), factors)
+        for factor, net in itertools.product(factors[size], NETS)
+    ]
+
+
+def batch_size(rows):
+    """The optimizer's batch sizes, each end at its best rate, what lies between interpolated; none until those are."""
+    if missing("batch-rate", rows):
+        return []
+    chosen = rows[rows["study"] == "batch-rate"]
+    chosen = chosen.astype({name: float for name in ("validation_accuracy", "learning_rate", "batch_size")})
+    means = chosen.groupby(["net", "batch_size", "learning_rate"])["validation_accuracy"].mean()
+    found = []
+    for size, net in itertools.product((32, 64, 128, 256, 1024), NETS):
+        ends = [means[net, end].idxmax() for end in (32, 1024)]
+        rate = np.interp(np.log([size]), np.log([32, 500, 1024]), np.log([ends[0], LEARNING_RATES[net], ends[1]]))
+        found += jobs([net], 3, [{"batch_size": size, "learning_rate": float(f"{np.exp(rate[0]):.3g}")}])
+    return sorted(found, key=lambda job: (job.settings.batch_size, job.settings.seed))  # alike ones at the same time
+
+
 def group_counts(rows):
     return jobs(["NetC"], 3, variants=[{"groups": count} for count in (1, 2, 4, 8, "C")])
 
@@ -219,12 +246,15 @@ def flip(rows):
     return jobs(NETS, 3, [{"weight_decay": AUGMENTED_WEIGHT_DECAY, "augment": name} for name in ("none", "flip")])
 
 
+WAITS = {"optimizer": "rate", "batch-size": "batch-rate"}  # a study: the one whose rows it needs whole
 STUDIES = {
     "tune": ("validation", tune),
     "augment": ("test", augment),
     "rate": ("validation", rate),
     "optimizer": ("test", optimizer),
     "batch": ("test", batch),
+    "batch-rate": ("validation", batch_rate),
+    "batch-size": ("test", batch_size),
     "groups": ("test", group_counts),
     "layer": ("test", layer),
     "width": ("test", width),
@@ -320,14 +350,14 @@ def run_together(study, todo, data, compile):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=STUDIES, help="run this list alone")
+    parser.add_argument("--only", nargs="+", choices=STUDIES, help="run these lists alone")
     parser.add_argument("--dry-run", action="store_true", help="say what is missing, run nothing")
     parser.add_argument("--report", action="store_true", help="rewrite what is made from results/, run nothing")
     options = parser.parse_args()
     if options.report:
         report.report()
         return
-    chosen = [options.only] if options.only else list(STUDIES)
+    chosen = options.only or list(STUDIES)
     if options.dry_run:
         rows = read_texts()
         for study in chosen:
@@ -337,7 +367,11 @@ def main():
             minutes = f"about {seconds / 60:.1f} minutes on one GPU, as the rows so far took"
             if math.isnan(seconds):
                 minutes = "no GPU run so far to tell the time by"
-            print(f"{study}: {len(todo)} of {total} runs missing, {minutes}" if total else f"{study}: waits for rate")
+            print(
+                f"{study}: {len(todo)} of {total} runs missing, {minutes}"
+                if total
+                else f"{study}: waits for {WAITS[study]}"
+            )
         return
     if not torch.cuda.is_available() and options.only is None:
         parser.error("there is no GPU here, where all lists would take days: choose one with --only")
@@ -346,7 +380,12 @@ def main():
     # All nets share one forward, of which torch.compile keeps 8 kinds and would then go on without compiling.
     torch._dynamo.config.recompile_limit = 64
     data = utils.load_data(utils.pick_device(), "cifar10")
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if several:
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=1))
     for study in chosen:
+        if several and study in WAITS:
+            torch.distributed.barrier()  # another process may still be at what this study waits for
         run_study(study, data)
     if "tune" in chosen and not missing("tune", read_texts()):
         rows = utils.read_rows(RUNS)

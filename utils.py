@@ -1197,7 +1197,7 @@ def draw_spreads(axis, rows):
         axis.plot(line["layer"], line["spread"], label=several if norm == "batch" else alone, **style)
     axis.set(ylabel="spread of the means subtracted,\nin standard deviations", yscale="log")
     axis.grid(alpha=0.3)
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2)
 
 
 def plot_spreads(rows, data):

@@ -58,14 +58,16 @@ def test_published_speed():
 def test_scaling_plot_shows_every_row(small):
     rows = [
         bench.row_of(replace(small), "scale", net, [0.1 * size], SMALL, dram_model_seconds=0.01)
-        | {"batch_size": size, "train_images": 50_000}
+        | {"batch_size": size, "train_images": 50_000, "launches_per_step": 200}
         for net in ("NetA", "NetC")
         for size in (250, 500, 1000)
     ]
     figure = bench.plot_scaling(pd.DataFrame(rows))
     lines = figure.axes[0].lines
-    assert [list(line.get_xdata()) for line in lines[::2]] == [[250, 500, 1000]] * 2
-    assert [list(line.get_ydata()) for line in lines[1::2]] == [[0.01] * 3] * 2
+    assert [list(line.get_xdata()) for line in lines[1::3]] == [[250, 500, 1000]] * 2
+    launches = [25, 12.5, 6.25]  # seconds: all of those of the smallest batch, and in proportion to the steps
+    assert [list(line.get_ydata()) for line in lines[::3]] == [pytest.approx(launches)] * 2
+    assert [list(line.get_ydata()) for line in lines[2::3]] == [[0.01] * 3] * 2
 
 
 def test_unknown_option():

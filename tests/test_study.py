@@ -155,6 +155,21 @@ def test_optimizers_start_from_the_best_of_their_rates():
     assert {(job.settings.learning_rate, job.settings.weight_decay) for job in chosen} == {(0.1, 0.0005)}
 
 
+def test_batch_sizes_start_from_the_best_of_their_ends():
+    rows = [job.columns() | {"study": "batch-rate", "validation_accuracy": "70"} for job in study.batch_rate(None)]
+    assert study.batch_size(pd.DataFrame(rows[1:])) == []
+    best = {"32": str(0.03 / 16), "1024": str(2 * 0.03)}
+    for row in rows:
+        if row["net"] == "NetC" and row["learning_rate"] == best[row["batch_size"]]:
+            row["validation_accuracy"] = "80"
+    chosen = {
+        job.settings.batch_size: job.settings for job in study.batch_size(pd.DataFrame(rows)) if job.net == "NetC"
+    }
+    assert chosen[32].learning_rate == pytest.approx(0.03 / 16, rel=0.01)
+    assert chosen[1024].learning_rate == pytest.approx(2 * 0.03, rel=0.01)
+    assert 0.03 / 16 < chosen[64].learning_rate < chosen[128].learning_rate < chosen[256].learning_rate < 0.03
+
+
 @pytest.mark.parametrize(("size", "slices"), [(8, 5), (40, 1)])
 def test_slices_of_batch_norm(size, slices):
     """Against PyTorch's batch norm, slice by slice."""
