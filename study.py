@@ -185,8 +185,11 @@ def optimizer(rows):
     """Each optimizer and net at the setting that was best for the pair in `rate`; none until that is finished."""
     if missing("rate", rows):
         return []
-    accuracy = rows[rows["study"] == "rate"].assign(accuracy=lambda part: part["validation_accuracy"].astype(float))
-    means = accuracy.groupby(["net", "optimizer", "learning_rate", "weight_decay"])["accuracy"].mean()
+    accuracy = rows[rows["study"] == "rate"].assign(
+        accuracy=lambda part: part["validation_accuracy"].replace("", "nan").astype(float)
+    )
+    settings = accuracy.groupby(["net", "optimizer", "learning_rate", "weight_decay"])["accuracy"]
+    means = settings.agg(lambda values: values.mean(skipna=False))  # none where a run diverged
     found = []
     for net, name in itertools.product(ALL, OPTIMIZERS):
         learning_rate, decay = map(float, means[net, name].idxmax())
@@ -343,8 +346,18 @@ def run_together(study, todo, data, compile):
         trainer.means()
     seconds = (time.perf_counter() - clock) / len(todo)
     return [
-        utils.finish(job.net, net, data, job.settings, [], study, seconds, job.columns() | asdict(job.settings))
-        for net, job in zip(nets, todo, strict=True)
+        utils.finish(
+            job.net,
+            net,
+            data,
+            job.settings,
+            [],
+            study,
+            seconds,
+            job.columns() | asdict(job.settings),
+            diverged=bool(trainer.diverged),
+        )
+        for net, job, trainer in zip(nets, todo, trainers, strict=True)
     ]
 
 

@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+import zipfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -84,6 +85,11 @@ class Plan:
     data: str  # "auto", "cifar10" or "synthetic"
     publish: bool
     out: Path  # holds img/, results/ and weights/
+
+    @property
+    def checkpoints(self):
+        """Folder for the checkpoints of unfinished runs, never a published one."""
+        return (Path("out") if self.publish else self.out) / "checkpoints"
 
     def folder(self, name):
         """The folder `name` under `out`, made if absent."""
@@ -404,6 +410,7 @@ class Muon:
         self.dtype, device = dtype, learning_rate.device
         self.momenta = torch.zeros(sum(self.sizes), device=device)
         self.state = {"all": {"momenta": self.momenta}}
+        self.found_inf = None  # as in torch.optim: a tensor that stops the weights when it is not 0
         rows, columns = max(len(w) for w in self.weights), max(w[0].numel() for w in self.weights)
         self.stack = torch.zeros(len(self.weights), rows, columns, device=device)
         numbers = torch.arange(self.stack.numel(), device=device).view_as(self.stack)
@@ -420,6 +427,8 @@ class Muon:
         of_weights.copy_(orthogonalise(self.stack, self.dtype).view(-1)[self.places])
         of_rest.mul_(10)
         updates.mul_(self.learning_rate)
+        if self.found_inf is not None:
+            updates.masked_fill_(self.found_inf > 0, 0)
         torch._foreach_mul_(self.weights, 1 - self.learning_rate * self.weight_decay)
         pairs = zip(updates.split(self.sizes), self.parameters, strict=True)
         torch._foreach_sub_(self.parameters, [unflat(update, p) for update, p in pairs])
@@ -571,6 +580,9 @@ def can_compile(device):
     return True
 
 
+STATE = ("net", "momenta", "now", "mirrored images", "generator")  # of a Trainer, in a checkpoint
+
+
 class Trainer:
     """A net being trained: `step` is the whole step, from the indices of a batch to the new weights.
 
@@ -603,6 +615,9 @@ class Trainer:
         self.flip = torch.rand(len(data.images), generator=self.generator, device=device) < 0.5
         self.now = torch.zeros(2, 1, dtype=torch.int64, device=device)  # step of the epoch, step of the run
         self.sums = torch.zeros(2, device=device)  # over the epoch so far: loss, share of right answers
+        self.diverged = torch.zeros((), device=device)  # 1 from the first step on whose gradients are not finite
+        self.optimizer.found_inf = self.diverged
+        self.unscale = torch.full((), 1 / LOSS_SCALE, device=device)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.on_stream = functools.partial(torch.cuda.stream, self.stream) if self.stream else contextlib.nullcontext
         if compile and can_compile(device):
@@ -619,13 +634,13 @@ class Trainer:
 
     def step(self):
         images, labels = self.batch()
-        self.rate.copy_(self.rates.index_select(0, self.now[1])[0])
         for parameter in self.model.parameters():
             parameter.grad = None
         loss, share = self.loss(images, labels)
         (LOSS_SCALE * loss).backward()
         gradients = [working.grad.float() for working in self.model.parameters()]
-        torch._foreach_div_(gradients, LOSS_SCALE)
+        torch._amp_foreach_non_finite_check_and_unscale_(gradients, self.diverged, self.unscale)
+        self.rate.copy_((self.rates.index_select(0, self.now[1]) * (1 - self.diverged))[0])
         for parameter, gradient in zip(self.net.parameters(), gradients, strict=True):
             parameter.grad = gradient
         self.optimizer.step()
@@ -633,7 +648,7 @@ class Trainer:
             if self.copied:
                 torch._foreach_copy_(*map(list, zip(*self.copied, strict=True)))
             self.sums += torch.stack([loss, share])
-            self.now += 1
+            self.now += 1 - self.diverged.long()  # stays at the first step that diverged
 
     def loss(self, images, labels):
         """Loss and share of right answers, over a batch."""
@@ -643,7 +658,7 @@ class Trainer:
 
     def capture(self):
         """Record `step` as a CUDA graph, leave all as it was before, and return the graph's replay."""
-        tensors = [*self.net.parameters(), *self.net.buffers(), *(w for w, _ in self.copied), self.now]
+        tensors = [*self.net.parameters(), *self.net.buffers(), *(w for w, _ in self.copied), self.now, self.diverged]
         before = [tensor.detach().clone() for tensor in tensors]
         graph = torch.cuda.CUDAGraph()
         self.stream.wait_stream(torch.cuda.current_stream())
@@ -692,6 +707,32 @@ class Trainer:
         loss, share = (self.sums / self.steps).tolist()
         return loss, 100 * share
 
+    def check_finite(self):
+        """Raise FloatingPointError, which names the step, if a gradient was not finite: no weight moved since then."""
+        if self.diverged.item():
+            step = self.now[1].item()
+            raise FloatingPointError(
+                f"{self.net.norm} norm, seed {self.settings.seed}, diverged in epoch {step // self.steps + 1}, step "
+                f"{step % self.steps + 1} of {self.steps}, at a learning rate of {self.rates[step].item():.3g} "
+                f"(learning_rate is {self.settings.learning_rate}); try a lower one"
+            )
+
+    def state(self):
+        """What a run under Muon needs to go on from the end of an epoch: its STATE, as tensors."""
+        own = (self.net.state_dict(), self.optimizer.momenta, self.now, self.flip, self.generator.get_state())
+        return dict(zip(STATE, own, strict=True))
+
+    def load(self, state):
+        """Go on from a `state` of the same settings, net and data."""
+        self.net.load_state_dict(state["net"])
+        with torch.no_grad():
+            self.optimizer.momenta.copy_(state["momenta"])
+            self.now.copy_(state["now"])
+            self.flip.copy_(state["mirrored images"])
+            for working, parameter in self.copied:
+                working.copy_(parameter)
+        self.generator.set_state(state["generator"])
+
 
 def build(net, settings, **options):
     """The net called `net` (NetA, NetB, NetC or Net, the control), its initial weights drawn from settings.seed.
@@ -706,40 +747,83 @@ def build(net, settings, **options):
     return getattr(models, net)(**options)
 
 
-HISTORY = ("epoch", "loss", "train_accuracy", "test_accuracy", "learning_rate", "seconds")
+HISTORY = ("epoch", "loss", "train_accuracy", "test_accuracy", "learning_rate", "seconds", "elapsed")
 
 
-def train(net, data, settings, label="", track=True, compile=False):
+def train(net, data, settings, label="", track=True, compile=False, checkpoint=None):
     """Train `net` in place on `data`, under one progress bar; it ends on the data's device.
 
-    compile  use torch.compile: a faster epoch after some seconds that the first run of a net takes once
+    compile     use torch.compile: a faster epoch after some seconds that the first run of a net takes once
+    checkpoint  a file that is written after each epoch; where it exists, training goes on from it and ends as if
+                it had never stopped. ValueError when it is damaged, or of another net, other data or settings
 
     Returns its history, a dict per epoch: epoch (from 1), loss (with label smoothing) and train_accuracy (both while
-    training), test_accuracy (nan unless `track`), learning_rate (of the last step), seconds (of training alone).
-    The same settings, machine, torch and thread count give the same weights, bit for bit. ValueError when a batch is
-    larger than the training split, MemoryError when it takes more than a GPU's memory.
+    training), test_accuracy (nan unless `track`), learning_rate (of the last step), seconds (of training alone),
+    elapsed (seconds from the start, without pauses). The same settings, machine, torch and thread count give the same
+    weights, bit for bit. ValueError when a batch is larger than the training split, MemoryError when it takes more
+    than a GPU's memory, FloatingPointError when gradients are not finite.
     """
-    history = []
+    started = time.perf_counter()
+    saved = read_checkpoint(checkpoint, net, data, settings) if checkpoint else None
+    history = saved["history"] if saved else []
+    if history:
+        started -= history[-1]["elapsed"]
     try:
         trainer = Trainer(net, data, settings, compile)
     except torch.OutOfMemoryError:
         said = f"batch_size is {settings.batch_size}: that takes more than the memory of {data.images.device}"
         raise MemoryError(f"{said}; try {max(1, settings.batch_size // 2)}") from None
+    if saved:
+        trainer.load(saved["state"])
     form = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}{postfix}"
-    with tqdm(total=trainer.steps * settings.epochs, desc=label, file=sys.stdout, bar_format=form) as bar:
-        for epoch in range(1, settings.epochs + 1):
-            started = time.perf_counter()
+    total, done = trainer.steps * settings.epochs, trainer.steps * len(history)
+    with tqdm(total=total, initial=done, desc=label, file=sys.stdout, bar_format=form) as bar:
+        for epoch in range(len(history) + 1, settings.epochs + 1):
+            began = time.perf_counter()
             for _ in trainer.epoch():
                 bar.update()
             loss, accuracy = trainer.means()
-            seconds = time.perf_counter() - started
+            trainer.check_finite()
+            seconds = time.perf_counter() - began
             tested = test(net, data.test_images, data.test_labels).accuracy if track else math.nan
             rate = trainer.rates[epoch * trainer.steps - 1].item()
-            numbers = (epoch, loss, accuracy, tested, rate, seconds)
+            numbers = (epoch, loss, accuracy, tested, rate, seconds, time.perf_counter() - started)
             history.append(dict(zip(HISTORY, numbers, strict=True)))
+            if checkpoint:
+                write = {"run": identity(net, data, settings), "history": history, "state": trainer.state()}
+                save(checkpoint, lambda temporary, write=write: torch.save(write, temporary))
             said = f"epoch {epoch}, loss {loss:.3f}, train {accuracy:.1f} %"
             bar.set_postfix_str(said + (f", {data.split} {tested:.1f} %" if track else ""))
     return history
+
+
+def identity(net, data, settings):
+    """What must be the same for a run to be the same, as numbers and texts."""
+    described = {"norm": net.norm, "groups": net.groups, "widths": list(net.widths), "commit": commit()}
+    described |= {"data": data.name, "split": data.split, "train_images": len(data.images)}
+    return described | {"device": data.images.device.type} | asdict(settings)
+
+
+def read_checkpoint(path, net, data, settings):
+    """What `train` wrote to `path`; None when nothing is there. ValueError, in one line, when it is of no use here."""
+    if not Path(path).exists():
+        return None
+    advice = "delete it to start anew, or name another file"
+    try:
+        with zipfile.ZipFile(path) as file:
+            if file.testzip():  # torch.load does not look at the check sums
+                raise ValueError("its check sum is wrong")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        of, _, _ = saved["run"], saved["history"], [saved["state"][name] for name in STATE]
+    except Exception as error:  # of many kinds: cut off, altered, not a checkpoint at all
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{path} can't be read as a checkpoint ({reason[0]}); {advice}") from None
+    wanted = identity(net, data, settings)
+    for name in {**wanted, **of}:
+        if of.get(name) != wanted.get(name):
+            said = f"{path} is a checkpoint with {name} {of.get(name)!r}, not {wanted.get(name)!r}"
+            raise ValueError(f"{said}; {advice}")
+    return saved
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -786,18 +870,23 @@ class Run:
     row: dict
 
 
-def run(name, data, settings, study="main", track=True):
-    """Build, train and score the net called `name`; see `build`, `train` and `test`."""
-    started = time.perf_counter()
+def run(name, data, settings, study="main", track=True, checkpoints=None):
+    """Build, train and score the net called `name`; see `build`, `train` and `test`.
+
+    checkpoints  folder for the run's checkpoint; `save_experiment` clears it
+    """
     net = build(name, settings)
     label = f"{name} {net.norm} norm, seed {settings.seed}" + ("" if data.real else f" [{data.name}]")
-    history = train(net, data, settings, label, track)
-    seconds = time.perf_counter() - started
-    return finish(name, net, data, settings, history, study, seconds)
+    checkpoint = checkpoints and Path(checkpoints) / f"{name}-{settings.seed}.pt"
+    history = train(net, data, settings, label, track, checkpoint=checkpoint)
+    return finish(name, net, data, settings, history, study, history[-1]["elapsed"])
 
 
-def finish(name, net, data, settings, history, study, seconds, variant=None):
-    """Score a trained net and make its `Run`; `seconds` is what its training took, `variant` columns that differ."""
+def finish(name, net, data, settings, history, study, seconds, variant=None, diverged=False):
+    """Score a trained net and make its `Run`; `seconds` is what its training took, `variant` columns that differ.
+
+    The row of a run that diverged has no accuracies.
+    """
     scores = test(net, data.test_images, data.test_labels)
     if study == "main" and settings.epochs < Settings.epochs:
         study = "short"
@@ -814,15 +903,15 @@ def finish(name, net, data, settings, history, study, seconds, variant=None):
         "split": data.split,
         "precision": str(pick_precision(data.images.device)).removeprefix("torch."),
         "parameters": sum(p.numel() for p in net.parameters()),
-        "train_accuracy": round(test(net, data.images, data.labels).accuracy, 3),
-        "test_accuracy": round(scores.accuracy, 3) if data.split == "test" else "",
-        "validation_accuracy": round(scores.accuracy, 3) if data.split == "validation" else "",
-        "test_loss": round(scores.loss, 5) if data.split == "test" else "",
+        "train_accuracy": "" if diverged else round(test(net, data.images, data.labels).accuracy, 3),
+        "test_accuracy": round(scores.accuracy, 3) if data.split == "test" and not diverged else "",
+        "validation_accuracy": round(scores.accuracy, 3) if data.split == "validation" and not diverged else "",
+        "test_loss": round(scores.loss, 5) if data.split == "test" and not diverged else "",
         "seconds": round(seconds, 2),
         "device": device_name(data.images.device),
         "torch": torch.__version__,
         "commit": commit(),
-        "status": "done" if math.isfinite(scores.loss) else "diverged",
+        "status": "diverged" if diverged else "done",
     } | (variant or {})
     return Run(net, history, scores, row)
 
@@ -904,6 +993,8 @@ def save_experiment(runs, data, plan):
     put_rows(results / "mistakes.csv", mistakes_of(name, runs[0].scores, data), key=["net"])
     weights = {k: v.cpu().contiguous() for k, v in runs[0].net.state_dict().items()}
     save(plan.folder("weights") / f"{name}.pt", lambda temporary: torch.save(weights, temporary))
+    for one in runs:
+        (plan.checkpoints / f"{name}-{one.row['seed']}.pt").unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,15 @@ def test_same_seed_same_weights(small, net):
     other, _ = trained(small, net, replace(SHORT, seed=1))
     assert not torch.equal(first["C2.conv.weight"], other["C2.conv.weight"])
     assert [epoch["epoch"] for epoch in history] == [1, 2]
-    assert set(history[0]) == {"epoch", "loss", "train_accuracy", "test_accuracy", "learning_rate", "seconds"}
+    assert set(history[0]) == {
+        "epoch",
+        "loss",
+        "train_accuracy",
+        "test_accuracy",
+        "learning_rate",
+        "seconds",
+        "elapsed",
+    }
 
 
 def test_history_ends_with_the_trained_net(small):
