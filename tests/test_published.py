@@ -69,9 +69,8 @@ def test_learning_rates_are_the_best_of_equal_trials():
 def test_prose_says_what_the_rows_do():
     """README's conclusion in words, claim by claim."""
     tune = ROWS[(ROWS["study"] == "tune") & (ROWS["augment"] == "none")]
-    for split in ("train", "validation"):
-        by_rate = tune.pivot_table(index="learning_rate", columns="net", values=f"{split}_accuracy")
-        assert (by_rate.idxmax(axis=1) == "NetA").all()
+    by_rate = tune.pivot_table(index="learning_rate", columns="net", values="validation_accuracy")
+    assert (by_rate.idxmax(axis=1) == "NetA").all()
     means = {name: ROWS[ROWS["study"] == name].groupby("net")["test_accuracy"].mean() for name in ("main", "augment")}
     for by_net in means.values():
         assert by_net.idxmax() == "NetA"
