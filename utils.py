@@ -193,6 +193,8 @@ class Data:
     def __post_init__(self):
         check_images(self.images, self.labels, "images")
         check_images(self.test_images, self.test_labels, "test_images")
+        if self.test_images.device != self.images.device:
+            raise ValueError(f"test_images are on {self.test_images.device}, images on {self.images.device}; move one")
 
     @property
     def name(self):
@@ -212,6 +214,8 @@ def check_images(images, labels, name="images"):
     if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
         form = f"{labels.dtype} of shape {tuple(labels.shape)}"
         raise ValueError(f"the labels of {name} are {form}; give torch.int64 of ({len(images)},)")
+    if labels.device != images.device:
+        raise ValueError(f"{name} are on {images.device}, their labels on {labels.device}; move one")
     low, high = labels.min().item(), labels.max().item()
     if low < 0 or high > 9:
         raise ValueError(f"the labels of {name} go from {low} to {high}; 0 to 9 are allowed")
@@ -739,7 +743,7 @@ def build(net, settings, **options):
 
     options are those of `models.Net`. ValueError for another name, or for options that it can't be built from.
     """
-    if net not in NORMS:
+    if not isinstance(net, str) or net not in NORMS:
         raise ValueError(f"net is {net!r}; choose one of {', '.join(NORMS)}")
     torch.manual_seed(settings.seed)
     if net == "Net":
