@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import ROOT
 
 import models
 import utils
@@ -135,6 +136,7 @@ WRONG = [
 
 def test_there_are_enough():
     assert len(WRONG) >= 60
+    assert f"{len(WRONG)} wrong calls" in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize(("call", "said"), WRONG, ids=[said for _, said in WRONG])
