@@ -3,7 +3,7 @@
     python study.py                 run what results/runs.csv does not hold yet
     python study.py --only tune     the same for one list, or for several
     python study.py --dry-run       say what is missing
-    python study.py --report        rewrite what README.md, s8.ipynb and img/accuracy.png show of results/
+    python study.py --report        rewrite what README.md, s8.ipynb and four pictures in img/ show of results/
     torchrun --nproc-per-node=2 study.py    the same by two processes, each on its own GPU
 
 Needs CIFAR-10. A run that is finished is in results/runs.csv at once, and skipped the next time.
@@ -33,7 +33,7 @@ from utils import LEARNING_RATES, NETS, Settings
 RUNS = Path("results/runs.csv")
 ALL = (*NETS, "Net")  # with the control, which has no statistics
 AT_ONCE = 3  # runs that share a GPU: while one waits for its small kernels, another computes
-COMPILE_FROM = 30  # runs of a study that share a net: with fewer, compiling it takes longer than it saves
+COMPILE_FROM = 15  # runs of a study, a process, that share a net: with fewer, compiling it takes longer than it saves
 AUGMENTED_WEIGHT_DECAY = 0.1  # with flip and crop: best over the three nets in the study tune
 
 
@@ -185,11 +185,7 @@ def optimizer(rows):
     """Each optimizer and net at the setting that was best for the pair in `rate`; none until that is finished."""
     if missing("rate", rows):
         return []
-    accuracy = rows[rows["study"] == "rate"].assign(
-        accuracy=lambda part: part["validation_accuracy"].replace("", "nan").astype(float)
-    )
-    settings = accuracy.groupby(["net", "optimizer", "learning_rate", "weight_decay"])["accuracy"]
-    means = settings.agg(lambda values: values.mean(skipna=False))  # none where a run diverged
+    means = report.means(rows[rows["study"] == "rate"], ["net", "optimizer", "learning_rate", "weight_decay"])
     found = []
     for net, name in itertools.product(ALL, OPTIMIZERS):
         learning_rate, decay = map(float, means[net, name].idxmax())
@@ -217,12 +213,10 @@ def batch_size(rows):
     """The optimizer's batch sizes, each end at its best rate, what lies between interpolated; none until those are."""
     if missing("batch-rate", rows):
         return []
-    chosen = rows[rows["study"] == "batch-rate"]
-    chosen = chosen.astype({name: float for name in ("validation_accuracy", "learning_rate", "batch_size")})
-    means = chosen.groupby(["net", "batch_size", "learning_rate"])["validation_accuracy"].mean()
+    means = report.means(rows[rows["study"] == "batch-rate"], ["net", "batch_size", "learning_rate"])
     found = []
     for size, net in itertools.product((32, 64, 128, 256, 1024), NETS):
-        ends = [means[net, end].idxmax() for end in (32, 1024)]
+        ends = [float(means[net, str(end)].idxmax()) for end in (32, 1024)]
         rate = np.interp(np.log([size]), np.log([32, 500, 1024]), np.log([ends[0], LEARNING_RATES[net], ends[1]]))
         found += jobs([net], 3, [{"batch_size": size, "learning_rate": float(f"{np.exp(rate[0]):.3g}")}])
     return sorted(found, key=lambda job: (job.settings.batch_size, job.settings.seed))  # alike ones at the same time
@@ -309,7 +303,7 @@ def run_study(study, data):
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     rows = read_texts()
     mine = STUDIES[study][1](rows)
-    alike = collections.Counter(map(program, mine))
+    alike = collections.Counter(map(program, mine))  # finished ones too, so that all of a study are trained alike
     mine = mine[rank::world]
     todo = [job for job in missing(study, rows) if job in mine]
     if STUDIES[study][0] == "validation":
@@ -318,7 +312,7 @@ def run_study(study, data):
     with tqdm(total=len(todo), desc=study) as bar:
         for start in range(0, len(todo), at_once):
             part = todo[start : start + at_once]
-            compile = [data.images.is_cuda and alike[program(job)] >= COMPILE_FROM for job in part]
+            compile = [data.images.is_cuda and alike[program(job)] >= COMPILE_FROM * world for job in part]
             runs = run_together(study, part, data, compile)
             utils.put_rows(RUNS, [one.row for one in runs])
             bar.update(len(runs))
@@ -370,7 +364,7 @@ def main():
     if options.report:
         report.report()
         return
-    chosen = options.only or list(STUDIES)
+    chosen = [study for study in STUDIES if study in (options.only or STUDIES)]
     if options.dry_run:
         rows = read_texts()
         for study in chosen:
@@ -399,6 +393,8 @@ def main():
     for study in chosen:
         if several and study in WAITS:
             torch.distributed.barrier()  # another process may still be at what this study waits for
+        if study in WAITS and missing(WAITS[study], read_texts()):
+            print(f"{study}: waits for {WAITS[study]}")
         run_study(study, data)
     if "tune" in chosen and not missing("tune", read_texts()):
         rows = utils.read_rows(RUNS)

@@ -7,6 +7,7 @@ and standardised there. Accuracies are percent, losses are nats per image, secon
 import contextlib
 import copy
 import functools
+import hashlib
 import math
 import os
 import pickle
@@ -688,6 +689,8 @@ class Trainer:
         Half of the images, drawn at first, are mirrored, and in the next epoch the other half: no image is seen the
         same way twice in a row (Jordan 2024, https://arxiv.org/abs/2404.00498). Crops are drawn anew in each epoch.
         """
+        if self.stream:
+            self.stream.wait_stream(torch.cuda.current_stream())  # what came before, such as `load`, was done there
         with self.on_stream():
             device, n = self.order.device, len(self.data.images)
             order = torch.randperm(n, generator=self.generator, device=device)
@@ -768,7 +771,8 @@ def train(net, data, settings, label="", track=True, compile=False, checkpoint=N
     than a GPU's memory, FloatingPointError when gradients are not finite.
     """
     started = time.perf_counter()
-    saved = read_checkpoint(checkpoint, net, data, settings) if checkpoint else None
+    of = identity(net, data, settings) if checkpoint else {}
+    saved = read_checkpoint(checkpoint, of) if checkpoint else None
     history = saved["history"] if saved else []
     if history:
         started -= history[-1]["elapsed"]
@@ -794,7 +798,7 @@ def train(net, data, settings, label="", track=True, compile=False, checkpoint=N
             numbers = (epoch, loss, accuracy, tested, rate, seconds, time.perf_counter() - started)
             history.append(dict(zip(HISTORY, numbers, strict=True)))
             if checkpoint:
-                write = {"run": identity(net, data, settings), "history": history, "state": trainer.state()}
+                write = {"run": of, "history": history, "state": trainer.state()}
                 save(checkpoint, lambda temporary, write=write: torch.save(write, temporary))
             said = f"epoch {epoch}, loss {loss:.3f}, train {accuracy:.1f} %"
             bar.set_postfix_str(said + (f", {data.split} {tested:.1f} %" if track else ""))
@@ -803,13 +807,31 @@ def train(net, data, settings, label="", track=True, compile=False, checkpoint=N
 
 def identity(net, data, settings):
     """What must be the same for a run to be the same, as numbers and texts."""
-    described = {"norm": net.norm, "groups": net.groups, "widths": list(net.widths), "commit": commit()}
-    described |= {"data": data.name, "split": data.split, "train_images": len(data.images)}
-    return described | {"device": data.images.device.type} | asdict(settings)
+    code = b"".join(Path(module.__file__).read_bytes() for module in (models, sys.modules[__name__]))
+    places = torch.arange(1, len(data.labels) + 1, device=data.labels.device)
+    described = {
+        "norm": net.norm,
+        "groups": net.groups,
+        "widths": list(net.widths),
+        "code": hashlib.sha1(code).hexdigest()[:10],
+        "torch": str(torch.__version__),
+        "device": device_name(data.images.device),
+        "precision": str(pick_precision(data.images.device)),
+        "data": data.name,
+        "split": data.split,
+        "train_images": len(data.images),
+        "sum of the pixels": data.images.sum().item(),
+        "sum of the labels, each times its place": (data.labels * places).sum().item(),
+    }
+    # NumPy's numbers, which sweeps hand over, can't be read back from a checkpoint.
+    return described | {k: v.item() if isinstance(v, np.generic) else v for k, v in asdict(settings).items()}
 
 
-def read_checkpoint(path, net, data, settings):
-    """What `train` wrote to `path`; None when nothing is there. ValueError, in one line, when it is of no use here."""
+def read_checkpoint(path, wanted):
+    """What `train` wrote to `path`; None when nothing is there.
+
+    ValueError, in one line, when it can't be read or its `identity` is not `wanted`.
+    """
     if not Path(path).exists():
         return None
     advice = "delete it to start anew, or name another file"
@@ -822,7 +844,6 @@ def read_checkpoint(path, net, data, settings):
     except Exception as error:  # of many kinds: cut off, altered, not a checkpoint at all
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"{path} can't be read as a checkpoint ({reason[0]}); {advice}") from None
-    wanted = identity(net, data, settings)
     for name in {**wanted, **of}:
         if of.get(name) != wanted.get(name):
             said = f"{path} is a checkpoint with {name} {of.get(name)!r}, not {wanted.get(name)!r}"
@@ -1266,7 +1287,7 @@ def spreads(net, name, images, size=1):
         groups = norm.num_groups if isinstance(norm, nn.GroupNorm) else x.shape[1]
         values = x.unflatten(1, (groups, -1)).unflatten(0, (-1, size))
         variance, mean = torch.var_mean(values, (1, 3, 4, 5), correction=0)  # (N / size, groups)
-        spread = (mean.var(0, correction=0).mean() / variance.mean()).sqrt().item()
+        spread = (mean.var(0).mean() / variance.mean()).sqrt().item()
         rows.append({"net": name, "images": size, "layer": layer, "spread": round(spread, 5)})
 
     blocks = [(layer, block) for layer, block in net.named_children() if isinstance(block, nn.Sequential)]

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -61,10 +62,10 @@ def test_goes_on_bit_for_bit(small, tmp_path, monkeypatch, name, epochs):
 
 
 def test_a_finished_run_is_not_run_again(small, tmp_path, monkeypatch):
-    path = tmp_path / "run.pt"
-    expected, _ = run(small, path)
+    path, settings = tmp_path / "run.pt", replace(SETTINGS, learning_rate=np.float64(0.03))
+    expected, _ = run(small, path, settings)
     monkeypatch.setattr(utils.Trainer, "step", lambda trainer: pytest.fail("it was trained again"))
-    found, history = run(small, path)
+    found, history = run(small, path, settings)
     assert all(torch.equal(expected[key], found[key]) for key in expected)
     assert len(history) == SETTINGS.epochs
 
@@ -87,6 +88,10 @@ def test_a_checkpoint_of_another_run_is_refused_and_kept(small, tmp_path, monkey
     fewer = replace(small, images=small.images[:500], labels=small.labels[:500])
     with pytest.raises(ValueError, match="train_images 600, not 500"):
         run(fewer, path)
+    with pytest.raises(ValueError, match="with sum of the pixels "):
+        run(replace(small, images=255 - small.images), path)
+    with pytest.raises(ValueError, match="with sum of the labels, each times its place "):
+        run(replace(small, labels=small.labels.flip(0)), path)
     assert path.read_bytes() == before
 
 

@@ -75,7 +75,7 @@ def test_group_norm_in_float16(groups, mean):
         y.backward(weights.to(y.dtype))
         found.append([tensor.double() for tensor in (y, x.grad, norm.weight.grad, norm.bias.grad)])
     for expected, value in zip(*found, strict=True):
-        assert (value - expected).norm() < 0.003 * (1 + mean) * expected.norm()
+        assert (value - expected).norm() < (0.002 + 0.0006 * mean) * expected.norm()
 
 
 def test_one_step_an_epoch(data):

@@ -131,3 +131,18 @@ def test_rate_plot_shows_the_best_decay(swept):
     line = figure.axes[0].lines[0]
     assert line.get_xdata().tolist() == [0.01, 0.1, 1.0]
     assert line.get_ydata().tolist() == [83, 85, 83]
+
+
+def test_a_setting_that_diverged_once_is_not_the_best(swept):
+    """Neither in the table nor in the choice of what the study optimizer runs."""
+    one = (swept["study"] == "rate") & (swept["net"] == "NetA") & (swept["optimizer"] == "sgd")
+    one &= (swept["learning_rate"] == 0.1) & (swept["weight_decay"] == 0) & (swept["seed"] == 1)
+    rows = swept.assign(
+        validation_accuracy=swept["validation_accuracy"].where(~one), status=swept["status"].where(~one, "diverged")
+    )
+    table = report.rate_table(rows).reset_index().set_index(["optimizer", "net"])
+    assert table.loc[("sgd", "NetA")].tolist()[:3] == ["0.1", "0.5", "84.50"]
+    assert table.loc[("sgd", "NetA"), "diverged"] == 1
+    kept = report.optimizer_runs(rows)
+    assert kept[(kept["net"] == "NetA") & (kept["optimizer"] == "sgd")].empty
+    assert len(kept[(kept["net"] == "NetC") & (kept["optimizer"] == "sgd")]) == 10

@@ -167,6 +167,11 @@ def test_batch_sizes_start_from_the_best_of_their_ends():
     }
     assert chosen[32].learning_rate == pytest.approx(0.03 / 16, rel=0.01)
     assert chosen[1024].learning_rate == pytest.approx(2 * 0.03, rel=0.01)
+    diverged = [row | {"validation_accuracy": ""} if row["learning_rate"] == best["32"] else row for row in rows]
+    other = {
+        job.settings.batch_size: job.settings for job in study.batch_size(pd.DataFrame(diverged)) if job.net == "NetC"
+    }
+    assert other[32].learning_rate != pytest.approx(0.03 / 16, rel=0.01)
     assert 0.03 / 16 < chosen[64].learning_rate < chosen[128].learning_rate < chosen[256].learning_rate < 0.03
 
 
