@@ -78,6 +78,49 @@ def test_group_norm_in_float16(groups, mean):
         assert (value - expected).norm() < (0.002 + 0.0006 * mean) * expected.norm()
 
 
+def test_the_captured_step_stops_where_the_eager_one_does(data):
+    settings = replace(SHORT, learning_rate=10.0, weight_decay=0.0)
+    found = []
+    for capture in (True, False):
+        net = utils.build("Net", settings)
+        trainer = utils.Trainer(net, data, settings, capture=capture)
+        for _ in trainer.epoch():
+            pass
+        with pytest.raises(FloatingPointError) as error:
+            trainer.means()
+            trainer.check_finite()
+        weights = torch.cat([p.detach().flatten() for p in net.parameters()])
+        assert weights.isfinite().all()
+        found.append((weights, str(error.value)))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+
+
+def test_goes_on_from_a_checkpoint(data, tmp_path, monkeypatch):
+    settings, path = replace(SHORT, epochs=4, augment="flip+crop"), tmp_path / "run.pt"
+    expected = weights("NetC", data, settings)
+    save, saved = utils.save, []
+
+    def save_twice(path, write):
+        save(path, write)
+        saved.append(path)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(utils, "save", save_twice)
+    with pytest.raises(KeyboardInterrupt):
+        utils.train(utils.build("NetC", settings), data, settings, track=False, checkpoint=path)
+    monkeypatch.setattr(utils, "save", save)
+    net = utils.build("NetC", settings)
+    assert len(utils.train(net, data, settings, track=False, checkpoint=path)) == 4
+    assert torch.equal(expected, torch.cat([value.flatten().float() for value in net.state_dict().values()]))
+
+
+def test_data_on_two_devices(data):
+    with pytest.raises(ValueError, match="test_images are on cpu, images on cuda:0; move one"):
+        replace(data, test_images=data.test_images.cpu(), test_labels=data.test_labels.cpu())
+
+
 def test_one_step_an_epoch(data):
     weights("NetA", data, replace(SHORT, batch_size=10_000))
 
