@@ -86,8 +86,8 @@ def test_the_captured_step_stops_where_the_eager_one_does(data):
         trainer = utils.Trainer(net, data, settings, capture=capture)
         for _ in trainer.epoch():
             pass
+        trainer.means()  # waits for the device
         with pytest.raises(FloatingPointError) as error:
-            trainer.means()
             trainer.check_finite()
         weights = torch.cat([p.detach().flatten() for p in net.parameters()])
         assert weights.isfinite().all()
