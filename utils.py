@@ -275,7 +275,9 @@ def fetch_cifar10(root, seconds=5):
         except Exception as error:  # whatever is wrong with the network, its reason is what the reader needs
             answer.append(error)
 
-    if not check_integrity(Path(root) / CIFAR10.filename, CIFAR10.tgz_md5):
+    archive = Path(root) / CIFAR10.filename
+    was_there = archive.exists()
+    if not check_integrity(archive, CIFAR10.tgz_md5):
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()
         asking.join(seconds)
@@ -288,6 +290,10 @@ def fetch_cifar10(root, seconds=5):
     try:
         with contextlib.redirect_stderr(sys.stdout):  # where the other progress bars are
             CIFAR10(root, download=True)
+    except BaseException:  # also of an interrupted cell: half an archive would be in the way of the next try
+        if not was_there and not check_integrity(archive, CIFAR10.tgz_md5):
+            archive.unlink(missing_ok=True)
+        raise
     finally:
         socket.setdefaulttimeout(patience)
 
