@@ -1287,23 +1287,29 @@ def spreads(net, name, images, size=1):
             layer and group norm each image has its own, size 1
     Returns a row per layer: net, images (the size), layer, spread.
     """
-    rows = []
+    found = {}
 
     def look(layer, norm, x):
         groups = norm.num_groups if isinstance(norm, nn.GroupNorm) else x.shape[1]
         values = x.unflatten(1, (groups, -1)).unflatten(0, (-1, size))
-        variance, mean = torch.var_mean(values, (1, 3, 4, 5), correction=0)  # (N / size, groups)
-        spread = (mean.var(0).mean() / variance.mean()).sqrt().item()
-        rows.append({"net": name, "images": size, "layer": layer, "spread": round(spread, 5)})
+        found.setdefault(layer, []).append(
+            torch.var_mean(values, (1, 3, 4, 5), correction=0)
+        )  # (images / size, groups)
 
     blocks = [(layer, block) for layer, block in net.named_children() if isinstance(block, nn.Sequential)]
     hooks = [
         block.norm.register_forward_pre_hook(lambda norm, inputs, layer=layer: look(layer, norm, inputs[0]))
         for layer, block in blocks
     ]
-    net.eval()(standardise(images))
+    for part in images.split(max(1, 500 // size) * size):  # some at a time, to spare memory
+        net.eval()(standardise(part))
     for hook in hooks:
         hook.remove()
+    rows = []
+    for layer, parts in found.items():
+        variance, mean = (torch.cat(values) for values in zip(*parts, strict=True))
+        spread = (mean.var(0).mean() / variance.mean()).sqrt().item()
+        rows.append({"net": name, "images": size, "layer": layer, "spread": round(spread, 5)})
     return rows
 
 

@@ -1,6 +1,7 @@
 """The notebook from top to bottom: on the stand-in, and for two epochs on CIFAR-10."""
 
 import os
+import resource
 import shlex
 import shutil
 import subprocess
@@ -65,3 +66,4 @@ def test_two_epochs_of_cifar10(tmp_path):
     assert set(rows["study"]) == {"short"}
     assert (rows["test_accuracy"] >= 55).all(), rows[["net", "test_accuracy"]]
     assert git_status() == before, "a user's run changed the checkout"
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 < 2 * 2**30  # the largest process so far

@@ -257,3 +257,21 @@ def test_experiment_is_saved(small, tmp_path):
     net = utils.models.NetA()
     net.load_state_dict(torch.load(tmp_path / "weights" / "NetA.pt", weights_only=True))
     assert torch.equal(utils.test(net, small.test_images, small.test_labels).predictions, runs[0].scores.predictions)
+
+
+@pytest.mark.parametrize(("name", "size", "groups"), [("NetA", 4, 16), ("NetB", 1, 1), ("NetC", 1, 4)])
+def test_spreads_by_plain_arithmetic(small, name, size, groups):
+    """Of the first layer, group by group of channels and slice by slice of images, in float64."""
+    net = utils.build(name, utils.Settings())
+    images = small.test_images[:12]
+    x = net.C1.conv(utils.standardise(images)).detach().double()
+    means, variances = [], []
+    for start in range(0, 12, size):
+        parts = x[start : start + size].split(16 // groups, dim=1)
+        means.append([part.mean().item() for part in parts])
+        variances += [part.var(correction=0).item() for part in parts]
+    by_group = list(zip(*means, strict=True))
+    moved = sum(pd.Series(values).var() for values in by_group) / len(by_group)
+    expected = (moved / (sum(variances) / len(variances))) ** 0.5
+    row = utils.spreads(net, name, images, size)[0]
+    assert row == {"net": name, "images": size, "layer": "C1", "spread": pytest.approx(expected, abs=2e-5)}
