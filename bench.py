@@ -312,7 +312,7 @@ def scale(data, epochs):
 
 
 def plot_scaling(rows):
-    """Seconds an epoch against batch size, width and training images, with the memory model's share below."""
+    """Seconds an epoch against batch size, width and training images, beside what bytes and launches would take."""
     device = rows["device"].iloc[0]
     rows = rows.assign(launches=pd.to_numeric(rows["launches_per_step"], errors="coerce") * steps(rows))  # of an epoch
     panels = {
@@ -353,7 +353,7 @@ def steps(rows):
 
 
 def check(data):
-    """The largest difference in a weight, relative to the largest weight, between paths after two epochs, per net."""
+    """How far each path's weights are from the eager one's after two epochs, per net; SystemExit if it is too far."""
     few = utils.replace(data, images=data.images[:10_000], labels=data.labels[:10_000])
     for net in utils.NORMS:
         weights = {}

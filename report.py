@@ -269,7 +269,8 @@ def advice(rows):
         (
             "very few parameters",
             "batch norm",
-            f"at 9,410 {small['NetA']:.1f} %, layer norm {small['NetB']:.1f}, group norm {small['NetC']:.1f} (n = 3)",
+            f"9,410 of them: {small['NetA']:.1f} %, layer norm {small['NetB']:.1f}, "
+            f"group norm {small['NetC']:.1f} (n = 3)",
         ),
         (
             "instance norm, one channel a group, in mind",
@@ -518,14 +519,6 @@ def gap_of_gaps(rows, first, second, optimizers=("sgd", "muon")):
     accuracy = optimizer_runs(rows).pivot(index="seed", columns=["optimizer", "net"], values="test_accuracy")
     gaps = [accuracy[name, first] - accuracy[name, second] for name in optimizers]
     return f"{first} minus {second}, {optimizers[0]} minus {optimizers[1]}: {utils.paired(*gaps)}"
-
-
-def variants_table(rows, study, columns):
-    """Test accuracy in a study by net and the columns that vary: mean, standard deviation and n."""
-    grouped = rows[rows["study"] == study].groupby(["net", *columns], sort=False, dropna=False)["test_accuracy"]
-    table = grouped.agg(["mean", "std", "count"]).reset_index()
-    table[["mean", "std"]] = table[["mean", "std"]].map("{:.2f}".format)
-    return table.rename(columns={"mean": "test accuracy, mean", "count": "n"}).set_index("net")
 
 
 def fill(text, blocks):

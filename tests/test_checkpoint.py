@@ -95,6 +95,22 @@ def test_a_checkpoint_of_another_run_is_refused_and_kept(small, tmp_path, monkey
     assert path.read_bytes() == before
 
 
+def test_a_checkpoint_of_other_code_or_torch_is_refused(small, tmp_path, monkeypatch):
+    path = tmp_path / "run.pt"
+    interrupt(small, path, 1, monkeypatch)
+    (tmp_path / "models.py").write_text("# another version")
+    for owner, name, value, said in (
+        (utils.models, "__file__", str(tmp_path / "models.py"), "code"),
+        (torch, "__version__", "9.9", "torch"),
+        (utils, "device_name", lambda device: "another machine", "device"),
+        (utils, "pick_precision", lambda device: torch.float64, "precision"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value)
+            with pytest.raises(ValueError, match=f"is a checkpoint with {said} "):
+                run(small, path)
+
+
 def test_a_damaged_checkpoint_is_refused_and_kept(small, tmp_path, monkeypatch):
     path = tmp_path / "run.pt"
     interrupt(small, path, 1, monkeypatch)

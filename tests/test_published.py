@@ -59,6 +59,7 @@ def test_learning_rates_are_the_best_of_equal_trials():
     assert set(tune["split"]) == {"validation"}
     assert tune["test_accuracy"].isna().all()
     assert tune.groupby("net").size().nunique() == 1
+    assert tune["seed"].nunique() == 2  # as the generated sentences say
     assert report.best_rates(ROWS) == utils.LEARNING_RATES
     texts = pd.read_csv(ROOT / "results" / "runs.csv", dtype=str, keep_default_na=False)
     assert study.missing("tune", texts) == []
