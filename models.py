@@ -40,7 +40,6 @@ from torch import nn
 MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)
 STD = torch.tensor([0.2470, 0.2435, 0.2616]).view(3, 1, 1)
 
-NORMS = ("batch", "layer", "group", "none")
 CONVOLUTIONS = ("C1", "C2", "c3", "C4", "C5", "C6", "c7", "C8", "C9", "C10")
 WIDTHS = (16, 32, 24, 24, 24, 24, 24, 32, 32, 32)  # output channels of CONVOLUTIONS, in that order
 
@@ -57,15 +56,12 @@ class ScaleShift(nn.Module):
         return x * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
 
 
-def make_norm(norm, channels, groups):
-    """The norm called `norm` (one of NORMS) for activations (N, channels, H, W)."""
-    if norm == "batch":
-        return nn.BatchNorm2d(channels)
-    if norm == "layer":
-        return nn.GroupNorm(1, channels)
-    if norm == "group":
-        return nn.GroupNorm(groups, channels)
-    return ScaleShift(channels)
+NORMS = {  # what makes each norm for activations (N, channels, H, W); a norm of your own is one more line
+    "batch": lambda channels, groups: nn.BatchNorm2d(channels),
+    "layer": lambda channels, groups: nn.GroupNorm(1, channels),
+    "group": lambda channels, groups: nn.GroupNorm(groups, channels),
+    "none": lambda channels, groups: ScaleShift(channels),
+}
 
 
 class Net(nn.Sequential):
@@ -90,7 +86,7 @@ class Net(nn.Sequential):
             return nn.Sequential(
                 OrderedDict(
                     conv=nn.Conv2d(inputs[name], outputs[name], 3, padding=1, bias=False),
-                    norm=make_norm(norm, outputs[name], groups),
+                    norm=NORMS[norm](outputs[name], groups),
                     activation=nn.SiLU(),
                 )
             )
@@ -145,7 +141,7 @@ class NetC(Net):
 
 def check(norm, groups, widths, classes, in_channels):
     """Raise ValueError, in one line, for arguments that `Net` can't be built from."""
-    if norm not in NORMS:
+    if not isinstance(norm, str) or norm not in NORMS:
         raise ValueError(f"norm is {norm!r}; choose one of {', '.join(NORMS)}")
     if not isinstance(widths, tuple | list) or len(widths) != len(CONVOLUTIONS):
         raise ValueError(

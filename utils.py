@@ -755,9 +755,9 @@ def build(net, settings, **options):
     if not isinstance(net, str) or net not in NORMS:
         raise ValueError(f"net is {net!r}; choose one of {', '.join(NORMS)}")
     torch.manual_seed(settings.seed)
-    if net == "Net":
-        return models.Net("none", **options)
-    return getattr(models, net)(**options)
+    if net in NETS:
+        return getattr(models, net)(**options)
+    return models.Net(NORMS[net], **options)
 
 
 HISTORY = ("epoch", "loss", "train_accuracy", "test_accuracy", "learning_rate", "seconds", "elapsed")

@@ -3,11 +3,15 @@ import math
 import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import torchgen
+import yaml
 from conftest import ROOT
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import utils
 from utils import Settings
@@ -345,6 +349,36 @@ def test_no_cuda_call_on_the_cpu_path(small, monkeypatch):
     """torch.cuda.stream(None) fails where MPS is, so training on a CPU must not touch torch.cuda."""
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: pytest.fail("torch.cuda.stream was called"))
     trained(small)
+
+
+class Operators(TorchDispatchMode):
+    """Notes the operators of PyTorch that run in it, in `seen`; fails where one of them makes float64 numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else [result]:
+            assert getattr(value, "dtype", None) != torch.float64, f"{function} makes float64, which MPS lacks"
+        self.seen.add(str(function).removeprefix("aten.").removesuffix(".default"))
+        return result
+
+
+@pytest.mark.parametrize("name", list(utils.NORMS))
+def test_training_uses_no_operator_that_mps_lacks(small, name, monkeypatch):
+    """No Mac is at hand, so this asks PyTorch's own table which operators have a kernel there."""
+    table = Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml"
+    entries = {entry["func"].split("(")[0]: entry for entry in yaml.safe_load(table.read_text())}
+    monkeypatch.setattr(utils, "pick_precision", lambda device: torch.float32)  # as on MPS
+    with Operators() as operators:
+        trained(small, name, replace(SHORT, augment="flip+crop"))
+    assert len(operators.seen) > 50
+    for operator in operators.seen:
+        entry = entries[entries[operator].get("structured_delegate", operator)]
+        keys = " ".join(entry.get("dispatch", {"Composite": ""}))
+        assert "MPS" in keys or "Composite" in keys, f"{operator} has kernels for {keys}"
 
 
 def test_unknown_net():
