@@ -1,6 +1,7 @@
 """The notebook from top to bottom: on the stand-in, and for two epochs on CIFAR-10."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -9,8 +10,12 @@ import sys
 import nbformat
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
+
+import models
+import utils
 
 # Runs a command and notes the most memory that one of its processes held: a process of its own, since what pytest held
 # before would count as well. Without the capability CAP_DAC_OVERRIDE (1; prctl's option 24 drops it, or fails where
@@ -83,3 +88,29 @@ def test_two_epochs_of_cifar10(tmp_path):
     assert (rows["test_accuracy"] >= 55).all(), rows[["net", "test_accuracy"]]
     assert git_status() == before, "a user's run changed the checkout"
     assert 200e6 < int((tmp_path / "peak").read_text()) < 2 * 2**30  # bytes
+
+
+def test_answers_to_the_exercises(real, capsys):
+    """Each folded answer's code, with the published weights in place of what the notebook trains."""
+    cells = nbformat.read(ROOT / "s8.ipynb", as_version=4).cells
+    answers = [re.search(r"<details>.*```python\n(.*?)```.*</details>", cell.source, re.DOTALL) for cell in cells]
+    answers = [answer[1] for answer in answers if answer]
+    few = utils.replace(real, images=real.images[:1000], labels=real.labels[:1000])
+    names = {"data": few, "device": torch.device("cpu"), "settings": utils.Settings(epochs=1), "utils": utils}
+    names |= {"NetA": models.NetA, "NetB": models.NetB, "NetC": models.NetC, "replace": utils.replace}
+    for name, net in (("batch", models.NetA()), ("layer", models.NetB()), ("group", models.NetC())):
+        published = ROOT / "weights" / f"{type(net).__name__}.pt"
+        net.load_state_dict(torch.load(published, weights_only=True))
+        names[name] = [utils.Run(net, [], None, {"net": type(net).__name__})]
+    said = []
+    for answer in answers:
+        exec(answer, names)
+        said.append(capsys.readouterr().out)
+    assert len(answers) == 4
+    assert "groups is 3" in said[0]
+    (batch_pairs, batch_alone), (layer_pairs, layer_alone) = (
+        map(float, re.findall(r"(?:pairs|alone) (\S+)", line)) for line in said[2].splitlines()
+    )
+    assert batch_pairs < batch_alone - 10
+    assert layer_pairs == pytest.approx(layer_alone, abs=0.1)
+    assert names["control"].row["norm"] == "none"
