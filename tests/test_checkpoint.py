@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -127,6 +128,23 @@ def test_a_damaged_checkpoint_is_refused_and_kept(small, tmp_path, monkeypatch):
     path.mkdir()
     with pytest.raises(ValueError, match="can't be read as a checkpoint"):
         run(small, path)
+
+
+class Intruder:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_no_code_is_run_out_of_a_checkpoint(small, tmp_path):
+    torch.save({"run": Intruder(tmp_path / "intruder"), "history": [], "state": {}}, tmp_path / "run.pt")
+    with pytest.raises(ValueError, match="can't be read as a checkpoint"):
+        run(small, tmp_path / "run.pt")
+    assert not (tmp_path / "intruder").exists()
 
 
 def test_an_experiment_that_is_saved_leaves_no_checkpoint(small, tmp_path):
