@@ -423,6 +423,21 @@ All budgets have the learning rates that were tuned for the largest, where the t
 better measure (n = 3 here, a point per run, no interval)."""
 
 
+def protections_text():
+    """Markdown: how many protections were taken out to see their tests fail, and the versions that were tried."""
+    takeouts, versions = (pd.read_csv(RESULTS / f"{name}.csv", dtype=str) for name in ("takeouts", "versions"))
+    caught = (takeouts["fail without it"] == "True").sum()
+    table = versions[["python", "torch", "torchvision", "passed", "failed", "skipped"]]
+    table = table.sort_values(
+        ["python", "torch"], key=lambda column: column.str.split(".").map(lambda n: [*map(int, n)])
+    )
+    return f"""\
+`tests/takeouts.py` takes {len(takeouts)} protections out of the code, one at a time, and sees a test fail for {caught}
+of them (`results/takeouts.csv`). `tests/versions.py` runs the tests under other versions, without CIFAR-10 or a GPU:
+
+{markdown(table.set_index("python"))}"""
+
+
 def decades_within(rates, accuracies, points=1.0):
     """How many decades of learning rates stay within `points` of the best accuracy, in one piece around the best.
 
@@ -555,6 +570,7 @@ def report():
         "sweep-axes": axes_text(rows),
         "sweep-budget": budget_text(rows),
         "speed": speed_table(),
+        "protections": protections_text(),
     }
     for net in NETS:
         blocks |= {f"finding-{net}": finding(net, rows), f"mistakes-{net}": mistakes_text(net, rows)}

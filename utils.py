@@ -888,12 +888,12 @@ class Scores:
 
 @torch.no_grad()
 def test(net, images, labels):
-    """Score `net` on uint8 images (N, 32, 32, 3) with labels (N,), one view each, in float32 (TF32 on GPUs)."""
+    """Score `net` on uint8 images (N, 32, 32, 3) with labels (N,), one view each, in float32, without TF32."""
     check_images(images, labels)
     training = net.training
     net.eval()
     size = 100 if images.device.type == "cpu" else 2500  # images at once: on a CPU, what its cache holds
-    with torch.backends.cudnn.flags(enabled=True, deterministic=True):
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         logits = torch.cat([net(standardise(part)) for part in images.split(size)])
     net.train(training)
     confidences, predictions = logits.softmax(1).max(1)

@@ -1,10 +1,13 @@
 """What needs a CUDA GPU: the captured step, and the time that scoring takes."""
 
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import ROOT
 
 import study
 import utils
@@ -114,6 +117,30 @@ def test_goes_on_from_a_checkpoint(data, tmp_path, monkeypatch):
     net = utils.build("NetC", settings)
     assert len(utils.train(net, data, settings, track=False, checkpoint=path)) == 4
     assert torch.equal(expected, torch.cat([value.flatten().float() for value in net.state_dict().values()]))
+
+
+CELLS = """
+import json, sys, utils
+from pathlib import Path
+data = utils.draw_stand_in(utils.pick_device())
+plan = utils.Plan(seeds=(0,), epochs=3, data="synthetic", publish=False, out=Path(sys.argv[1]))
+for name, norm in (("NetA", "batch"), ("NetB", "layer"), ("NetC", "group")):
+    runs = [utils.run(name, data, utils.Settings(epochs=3), checkpoints=plan.checkpoints)]
+    utils.save_experiment(runs, data, plan)
+    utils.plot_mistakes(name, runs[0].scores, data, plan.folder("img") / f"{norm}.png")
+"""
+
+
+def test_two_notebooks_share_the_gpu(tmp_path):
+    """Two processes that do at the same time what the notebook's cells do: both finish, with the same rows."""
+    command = [sys.executable, "-c", CELLS]
+    both = [subprocess.Popen([*command, str(tmp_path / name)], cwd=ROOT) for name in ("one", "two")]
+    assert [process.wait(300) for process in both] == [0, 0]
+    rows = [
+        utils.read_rows(tmp_path / name / "results" / "runs.csv").drop(columns="seconds") for name in ("one", "two")
+    ]
+    assert rows[0].equals(rows[1])
+    assert len(rows[0]) == 3
 
 
 def test_data_on_two_devices(data):

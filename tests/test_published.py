@@ -27,7 +27,18 @@ NOTEBOOK = json.loads((ROOT / "s8.ipynb").read_text(encoding="utf-8"))
 def test_readme_has_every_generated_part():
     parts = [part for part in re.findall(r"<!-- ([\w-]+) -->\n", README) if part != "end"]
     nets = [f"{part}-{net}" for part in ("finding", "mistakes") for net in utils.NETS]
-    tables = ["results", "expect", "speed", "tune", "tune-augment", "augment", "pairs", "claims", "advice"]
+    tables = [
+        "results",
+        "expect",
+        "speed",
+        "tune",
+        "tune-augment",
+        "augment",
+        "pairs",
+        "claims",
+        "advice",
+        "protections",
+    ]
     assert sorted(parts) == sorted([*tables, "sweep-statistics", "sweep-axes", "sweep-budget", *nets])
 
 
