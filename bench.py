@@ -392,7 +392,7 @@ def main(arguments=None):
     if options.scale:
         utils.put_rows(BENCH, rows, KEY)
         figure = plot_scaling(pd.DataFrame(rows))
-        utils.save(Path("img/scaling.png"), lambda temporary: figure.savefig(temporary, dpi=160))
+        utils.save_figure(Path("img/scaling.png"), figure)
 
 
 if __name__ == "__main__":

@@ -119,9 +119,12 @@ def plot_same(scores, data, each=3):
     labels = data.test_labels.cpu()
     rows = who_is_wrong(scores, labels)
     figure, axes = plt.subplots(
-        len(rows), 2 * each, figsize=(11, 1.5 * len(rows) + 0.6), layout="constrained", width_ratios=(1, 1.5) * each
+        len(rows), 2 * each, figsize=(11, 1.5 * len(rows) + 0.9), layout="constrained", width_ratios=(1, 1.5) * each
     )
-    figure.suptitle("The same test images under all three nets (seed 0): who gets them wrong, and how sure each is")
+    figure.suptitle(
+        "The same test images under all three nets (seed 0), and how sure each is\n"
+        "black: the true class; bold: what is wrong"
+    )
     for line, (names, indices) in zip(axes, rows.items(), strict=True):
         everyone = len(names) == len(scores)
         said = "all three" if everyone else f"{' and '.join(names)}" + (" alone" if len(names) == 1 else "")
@@ -196,7 +199,7 @@ def main():
     scores = {name: utils.test(net, data.test_images, data.test_labels) for name, net in nets.items()}
     figures = {"chain": plot_chain(), "same": plot_same(scores, data), "cam": plot_cam(nets, scores, data)}
     for name, figure in figures.items():
-        utils.save(Path("img") / f"{name}.png", lambda temporary, figure=figure: figure.savefig(temporary, dpi=160))
+        utils.save_figure(Path("img") / f"{name}.png", figure)
 
 
 if __name__ == "__main__":

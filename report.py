@@ -556,7 +556,7 @@ def report():
         "budget": plot_budget(rows),
     }
     for name, figure in figures.items():
-        utils.save(Path("img") / f"{name}.png", lambda temporary, figure=figure: figure.savefig(temporary, dpi=160))
+        utils.save_figure(Path("img") / f"{name}.png", figure)
     blocks = {
         "results": results_table(rows),
         "expect": expectations(rows),
