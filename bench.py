@@ -44,7 +44,8 @@ results/bench.csv.
 Group norm in channels last costs the captured step 5 to 7 %. It is kept because all nets' norms then have float32
 parameters, because it is faster on CPUs, and because the compiled step is faster with it.
 
-On a CPU there is nothing to capture: eager is what utils.train does. The rows of --scale have the path "scale".
+On a CPU there is nothing to capture: eager is what utils.train does. The plain loop runs in the same process, so there
+it profits from utils.keep_memory, too. The rows of --scale have the path "scale".
 """
 
 import argparse
@@ -330,12 +331,12 @@ def plot_scaling(rows):
             chosen = rows[rows["net"] == net]
             for key, value in fixed.items():
                 chosen = chosen[chosen[key] == value]
-            chosen, colour = chosen.sort_values(column), utils.COLOURS[utils.NORMS[net]]
+            chosen, colour = chosen.sort_values(column), utils.COLOURS[utils.NORM_OF[net]]
             smallest = rows[rows["net"] == net].sort_values("batch_size").iloc[0]
             each = smallest["seconds_per_epoch"] / smallest["launches"]
             axis.plot(chosen[column], each * chosen["launches"], "--", color=colour, alpha=0.6)
             axis.plot(
-                chosen[column], chosen["seconds_per_epoch"], "o-", color=colour, label=f"{net}, {utils.NORMS[net]}"
+                chosen[column], chosen["seconds_per_epoch"], "o-", color=colour, label=f"{net}, {utils.NORM_OF[net]}"
             )
             axis.plot(chosen[column], chosen["dram_model_seconds"], ":", color=colour)
         axis.set(xlabel=name, xscale="log", yscale="log")
@@ -355,7 +356,7 @@ def steps(rows):
 def check(data):
     """How far each path's weights are from the eager one's after two epochs, per net; SystemExit if it is too far."""
     few = utils.replace(data, images=data.images[:10_000], labels=data.labels[:10_000])
-    for net in utils.NORMS:
+    for net in utils.NORM_OF:
         weights = {}
         for path, options in {"eager": {"capture": False}, "captured": {}, "compiled": {"compile": True}}.items():
             settings = Settings(epochs=2, augment="flip+crop")

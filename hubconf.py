@@ -1,6 +1,9 @@
-"""The three nets for torch.hub: `torch.hub.load(folder, "NetA", source="local", pretrained=True)`."""
+"""The three nets for torch.hub: `torch.hub.load(folder, "NetA", source="local", pretrained=True)`.
 
-from pathlib import Path
+A module of yours that is called models and imported already would be taken for this folder's models.py.
+"""
+
+import pathlib
 
 import torch
 
@@ -10,29 +13,37 @@ dependencies = ["torch"]
 
 
 def NetA(pretrained=False, **options):
-    """`models.NetA`, batch norm; see `load`."""
-    return load("NetA", pretrained, options)
+    """The net with batch norm: images (N, 3, 32, 32), standardised with models.MEAN and STD, to logits (N, 10).
+
+    pretrained  with the published weights: seed 0, trained without augmentation
+    options     those of `models.Net`; they change what the weights mean, so ValueError when both are given
+    """
+    return _load("NetA", pretrained, options)
 
 
 def NetB(pretrained=False, **options):
-    """`models.NetB`, layer norm; see `load`."""
-    return load("NetB", pretrained, options)
+    """The net with layer norm: images (N, 3, 32, 32), standardised with models.MEAN and STD, to logits (N, 10).
+
+    pretrained  with the published weights: seed 0, trained without augmentation
+    options     those of `models.Net`; they change what the weights mean, so ValueError when both are given
+    """
+    return _load("NetB", pretrained, options)
 
 
 def NetC(pretrained=False, **options):
-    """`models.NetC`, group norm; see `load`."""
-    return load("NetC", pretrained, options)
+    """The net with group norm: images (N, 3, 32, 32), standardised with models.MEAN and STD, to logits (N, 10).
 
-
-def load(name, pretrained, options):
-    """The net called `name`, with the published weights (seed 0, trained without augmentation) if `pretrained`.
-
-    options are those of `models.Net`. They change what the weights mean, so ValueError for both.
+    pretrained  with the published weights: seed 0, trained without augmentation
+    options     those of `models.Net`; they change what the weights mean, so ValueError when both are given
     """
+    return _load("NetC", pretrained, options)
+
+
+def _load(name, pretrained, options):
     if pretrained and options:
         raise ValueError(f"{', '.join(options)} given with pretrained=True; the published weights allow no options")
     net = getattr(models, name)(**options)
     if pretrained:
-        weights = Path(__file__).parent / "weights" / f"{name}.pt"
+        weights = pathlib.Path(__file__).parent / "weights" / f"{name}.pt"
         net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     return net

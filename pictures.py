@@ -12,20 +12,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import hubconf
 import models
 import utils
-from utils import COLOURS, NETS, NORMS
+from utils import COLOURS, NETS, NORM_OF
 
 GREY = "#555555"
-
-
-def published_nets(folder="weights"):
-    """{name: net} with the weights in `folder`, in eval mode."""
-    nets = {}
-    for name in NETS:
-        nets[name] = getattr(models, name)().eval()
-        nets[name].load_state_dict(torch.load(Path(folder) / f"{name}.pt", map_location="cpu", weights_only=True))
-    return nets
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -39,8 +31,8 @@ def plot_chain():
     above, below = figure.subfigures(2, 1, height_ratios=(1, 1.1))
     draw_chain(above.subplots())
     cubes = below.subplots(1, 4, subplot_kw={"projection": "3d"})
-    for axis, (title, norm, shared) in zip(cubes, shared_means(), strict=True):
-        draw_cube(axis, shared, COLOURS[norm])
+    for axis, (title, colour, shared) in zip(cubes, shared_means(), strict=True):
+        draw_cube(axis, shared, colour)
         axis.set_title(title, fontsize=11)
     below.suptitle("coloured: the activations that share one mean and one variance (after Wu & He 2018)", fontsize=12)
     return figure
@@ -67,14 +59,13 @@ def draw_chain(axis):
 
 
 def shared_means():
-    """(title, norm, shared) for four norms; shared (4, 4, 6), bool: activations (N, C, HW) that share one mean."""
-    sizes = (4, 4, 6)
-    n, c, _ = np.indices(sizes)
+    """(title, colour, shared) for four norms; shared (4, 8, 6), bool: activations (N, C, HW) that share one mean."""
+    n, c, _ = np.indices((4, 8, 6))
     return [
-        ("NetA, batch: N, H, W", "batch", c == 0),
-        ("NetB, layer: C, H, W", "layer", n == 0),
-        ("NetC, group: C / groups, H, W", "group", (n == 0) & (c < 2)),
-        ("instance: H, W", "none", (n == 0) & (c == 0)),
+        ("NetA, batch: N, H, W", COLOURS["batch"], c == 0),
+        ("NetB, layer: C, H, W", COLOURS["layer"], n == 0),
+        ("NetC, group: C / 4, H, W", COLOURS["group"], (n == 0) & (c < 2)),
+        ("instance: H, W", "#CC79A7", (n == 0) & (c == 0)),
     ]
 
 
@@ -133,10 +124,10 @@ def plot_same(scores, data, each=3):
             axis.axis("off")
         for picture, text, index in zip(line[::2], line[1::2], indices.tolist(), strict=False):
             picture.imshow(data.test_images[index].cpu().numpy(), interpolation="nearest")
-            text.text(0, 0.82, data.classes[labels[index]], fontsize=11, weight="bold")
+            text.text(0, 0.82, data.classes[labels[index]], fontsize=11)
             for height, (name, score) in zip((0.58, 0.36, 0.14), scores.items(), strict=True):
                 guess = data.classes[score.predictions[index]]
-                style = {"weight": "bold" if name in names else "normal", "color": COLOURS[NORMS[name]]}
+                style = {"weight": "bold" if name in names else "normal", "color": COLOURS[NORM_OF[name]]}
                 text.text(0, height, f"{name} {guess} {100 * score.confidences[index]:.0f} %", fontsize=9.5, **style)
     return figure
 
@@ -189,13 +180,13 @@ def plot_cam(nets, scores, data, count=6):
             axis.imshow(image, cmap="gray", vmin=0, vmax=255)
             axis.imshow(heat, cmap="RdBu_r", vmin=-abs(evidence).max(), vmax=abs(evidence).max(), alpha=0.6)
             sure = 100 * scores[name].confidences[index]
-            axis.set_title(f"{name}: {data.classes[guess]} {sure:.0f} %", fontsize=10.5, color=COLOURS[NORMS[name]])
+            axis.set_title(f"{name}: {data.classes[guess]} {sure:.0f} %", fontsize=10.5, color=COLOURS[NORM_OF[name]])
     return figure
 
 
 def main():
     data = utils.load_data(torch.device("cpu"), "cifar10")
-    nets = published_nets()
+    nets = {name: getattr(hubconf, name)(pretrained=True).eval() for name in NETS}
     scores = {name: utils.test(net, data.test_images, data.test_labels) for name, net in nets.items()}
     figures = {"chain": plot_chain(), "same": plot_same(scores, data), "cam": plot_cam(nets, scores, data)}
     for name, figure in figures.items():

@@ -58,11 +58,11 @@ def plot_accuracy(rows):
     for axis, study in zip(axes, ("main", "augment"), strict=True):
         for x, net in enumerate(NETS):
             values = rows[(rows["study"] == study) & (rows["net"] == net)]["test_accuracy"].to_numpy(float)
-            colour = utils.COLOURS[utils.NORMS[net]]
+            colour = utils.COLOURS[utils.NORM_OF[net]]
             axis.scatter(x + np.linspace(-0.15, 0.15, len(values)), values, s=18, color=colour, alpha=0.6)
             axis.hlines(values.mean(), x - 0.25, x + 0.25, color=colour, linewidth=2)
             axis.text(x + 0.28, values.mean(), f"{values.mean():.1f}", va="center", color=colour)
-        axis.set_xticks(range(3), [f"{net}, {utils.NORMS[net]}" for net in NETS])
+        axis.set_xticks(range(3), [f"{net}, {utils.NORM_OF[net]}" for net in NETS])
         axis.set(title=f"{name_of(study, rows)}, n = {len(values)}", xlim=(-0.5, 2.7))
         axis.grid(axis="y", alpha=0.3)
     axes[0].set_ylabel("test accuracy, %")
@@ -148,7 +148,7 @@ def markdown(frame):
 
 def mistakes_text(net, rows):
     """Markdown: the three sentences on a net's mistakes, and its grid."""
-    picture = f"![Ten images that {net} gets wrong, with true and predicted class](img/{utils.NORMS[net]}.png)"
+    picture = f"![Ten images that {net} gets wrong, with true and predicted class](img/{utils.NORM_OF[net]}.png)"
     mistakes = pd.read_csv(RESULTS / "mistakes.csv")
     published = rows[rows["study"].isin(("main", "augment"))]
     return f"{utils.describe_mistakes(net, mistakes, published)}\n\n{picture}"
@@ -304,8 +304,8 @@ def plot_statistics(rows, inside):
         values = batch[(batch["net"] == "NetA") & (batch["statistics_batch"] == size)]["test_accuracy"]
         draw_points(right, x, values, utils.COLOURS["batch"], None if x else "NetA, batch")
     for net in ("NetB", "NetC"):
-        values, colour = batch[batch["net"] == net]["test_accuracy"], utils.COLOURS[utils.NORMS[net]]
-        right.axhline(values.mean(), color=colour, linestyle="--", label=f"{net}, {utils.NORMS[net]}")
+        values, colour = batch[batch["net"] == net]["test_accuracy"], utils.COLOURS[utils.NORM_OF[net]]
+        right.axhline(values.mean(), color=colour, linestyle="--", label=f"{net}, {utils.NORM_OF[net]}")
         right.axhspan(values.min(), values.max(), color=colour, alpha=0.12, linewidth=0)
     right.set_xticks(range(len(sizes)), [f"{size:.0f}" for size in sizes])
     right.set(xlabel="images that the statistics are taken over", ylabel="test accuracy, %")
@@ -393,10 +393,10 @@ def plot_budget(rows):
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     width = rows[rows["study"] == "width"]
     for net in NETS:
-        own, colour = width[width["net"] == net], utils.COLOURS[utils.NORMS[net]]
+        own, colour = width[width["net"] == net], utils.COLOURS[utils.NORM_OF[net]]
         means = own.groupby("parameters")["test_accuracy"].mean()
         axis.scatter(own["parameters"], own["test_accuracy"], s=14, color=colour, alpha=0.6)
-        axis.plot(means.index, means, color=colour, label=f"{net}, {utils.NORMS[net]}")
+        axis.plot(means.index, means, color=colour, label=f"{net}, {utils.NORM_OF[net]}")
     axis.set(xscale="log", xlabel="parameters", ylabel="test accuracy, %")
     axis.set_xticks(means.index, [f"{count:,}" for count in means.index])
     axis.minorticks_off()
@@ -426,14 +426,13 @@ better measure (n = 3 here, a point per run, no interval)."""
 def protections_text():
     """Markdown: how many protections were taken out to see their tests fail, and the versions that were tried."""
     takeouts, versions = (pd.read_csv(RESULTS / f"{name}.csv", dtype=str) for name in ("takeouts", "versions"))
-    caught = (takeouts["fail without it"] == "True").sum()
     table = versions[["python", "torch", "torchvision", "passed", "failed", "skipped"]]
     table = table.sort_values(
-        ["python", "torch"], key=lambda column: column.str.split(".").map(lambda n: [*map(int, n)])
+        ["python", "torch"], key=lambda column: column.str.split(".").map(lambda numbers: tuple(map(int, numbers)))
     )
     return f"""\
-`tests/takeouts.py` takes {len(takeouts)} protections out of the code, one at a time, and sees a test fail for {caught}
-of them (`results/takeouts.csv`). `tests/versions.py` runs the tests under other versions, without CIFAR-10 or a GPU:
+`tests/takeouts.py` took {len(takeouts)} protections out of the code, one at a time, and saw the test of each fail
+(`results/takeouts.csv`). `tests/versions.py` ran the tests under other versions, without CIFAR-10 or a GPU:
 
 {markdown(table.set_index("python"))}"""
 
@@ -503,7 +502,7 @@ def plot_rate(rows):
     figure, axes = plt.subplots(1, len(names), figsize=(10, 3.6), layout="constrained", sharey=True, squeeze=False)
     figure.suptitle(f"Accuracy on held-out images by learning rate, mean of {chosen['seed'].nunique()} seeds")
     for axis, name in zip(axes[0], names, strict=True):
-        for net, norm in utils.NORMS.items():
+        for net, norm in utils.NORM_OF.items():
             own = chosen[(chosen["optimizer"] == name) & (chosen["net"] == net)]
             by_rate = means(own, ["learning_rate", "weight_decay"]).groupby(level="learning_rate").max()
             axis.plot(by_rate.index, by_rate, "o-", color=utils.COLOURS[norm], label=f"{net}, {norm}", markersize=4)

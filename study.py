@@ -126,7 +126,7 @@ class Job:
 
     def columns(self):
         """What tells this job apart in results/runs.csv, as {column: text}."""
-        published = utils.norm_columns(utils.NORMS[self.net], 4, self.settings.batch_size)
+        published = utils.norm_columns(utils.NORM_OF[self.net], 4, self.settings.batch_size)
         own = {name: getattr(self, name) or value for name, value in published.items()}
         own |= {"net": self.net, "optimizer": self.optimizer, "widths": " ".join(map(str, self.widths))}
         return {name: str(value) for name, value in (own | asdict(self.settings)).items()}

@@ -41,7 +41,7 @@ import models
 # Settings
 # ---------------------------------------------------------------------------------------------------------------------
 
-NORMS = {"NetA": "batch", "NetB": "layer", "NetC": "group", "Net": "none"}
+NORM_OF = {"NetA": "batch", "NetB": "layer", "NetC": "group", "Net": "none"}
 NETS = ("NetA", "NetB", "NetC")
 LEARNING_RATES = {"NetA": 0.06, "NetB": 0.03, "NetC": 0.03}  # best on the validation split: study.py, tune
 AUGMENTS = ("none", "flip", "flip+crop")
@@ -593,14 +593,16 @@ def can_compile(device):
 
 
 def keep_memory():
-    """Let this process keep the memory that a step frees for the next step, where the C library is glibc.
+    """From now on let this process keep up to 2 GiB that it has freed, where the C library is glibc.
 
-    By default large tensors are given back and fetched anew, page by page: up to a third of a training step on a CPU.
+    By default it gives large tensors back, and each training step on a CPU waits for them, page by page.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD, bytes
+        # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, bytes. Older versions refuse more than 32 MiB for the first; the second
+        # alone would make it smaller than it is by default.
+        if libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25):
+            libc.mallopt(-1, 2**31 - 1)
 
 
 STATE = ("net", "momenta", "now", "mirrored images", "generator")  # of a Trainer, in a checkpoint
@@ -766,12 +768,12 @@ def build(net, settings, **options):
 
     options are those of `models.Net`. ValueError for another name, or for options that it can't be built from.
     """
-    if not isinstance(net, str) or net not in NORMS:
-        raise ValueError(f"net is {net!r}; choose one of {', '.join(NORMS)}")
+    if not isinstance(net, str) or net not in NORM_OF:
+        raise ValueError(f"net is {net!r}; choose one of {', '.join(NORM_OF)}")
     torch.manual_seed(settings.seed)
     if net in NETS:
         return getattr(models, net)(**options)
-    return models.Net(NORMS[net], **options)
+    return models.Net(NORM_OF[net], **options)
 
 
 HISTORY = ("epoch", "loss", "train_accuracy", "test_accuracy", "learning_rate", "seconds", "elapsed")
@@ -1063,7 +1065,7 @@ def most_confident_mistakes(predictions, confidences, labels, count=10):
 
 def plot_mistakes(net, scores, data, path):
     """Draw ten mistakes of `net` as 5 rows by 2 columns, or as many as there are, and save them as `path`."""
-    norm, labels = NORMS[net], data.test_labels.cpu()
+    norm, labels = NORM_OF[net], data.test_labels.cpu()
     chosen = most_confident_mistakes(scores.predictions, scores.confidences, labels).tolist()
     figure, axes = plt.subplots(5, 4, figsize=(8, 9.4), width_ratios=(1, 1.15, 1, 1.15), layout="constrained")
     figure.suptitle(
@@ -1141,7 +1143,7 @@ def describe_mistakes(net, mistakes, runs):
 # Tables and plots
 # ---------------------------------------------------------------------------------------------------------------------
 
-NET_OF = {norm: net for net, norm in NORMS.items()}
+NET_OF = {norm: net for net, norm in NORM_OF.items()}
 COLOURS = {"batch": "#0072B2", "layer": "#D55E00", "group": "#009E73", "none": "#7F7F7F"}  # Okabe & Ito 2008
 
 
@@ -1336,7 +1338,7 @@ def draw_spreads(axis, rows):
     shades = plt.get_cmap("Blues")
     sizes = sorted(rows[rows["net"] == "NetA"]["images"].unique())
     for (net, size), line in rows.groupby(["net", "images"], sort=False):
-        norm = NORMS[net]
+        norm = NORM_OF[net]
         alone, several = f"{net}, {norm}: an image's own", f"{net}, {norm}: of {size} images"
         colour = shades(0.4 + 0.5 * sizes.index(size) / len(sizes)) if norm == "batch" else COLOURS[norm]
         style = {"color": colour, "marker": "o", "markersize": 3, "linestyle": "-" if norm == "batch" else "--"}
@@ -1358,7 +1360,7 @@ def plot_overlap(mistakes, data):
     """Bars of `overlap`, the largest on top."""
     counts = overlap(mistakes).sort_values()
     figure, axis = plt.subplots(figsize=(8, 3), layout="constrained")
-    colours = [COLOURS[NORMS[name.split()[0]]] if name.endswith("only") else "#555555" for name in counts.index]
+    colours = [COLOURS[NORM_OF[name.split()[0]]] if name.endswith("only") else "#555555" for name in counts.index]
     bars = axis.barh(counts.index, counts, color=colours)
     axis.bar_label(bars, padding=3)
     axis.set(xlabel="test images", title=title("Who gets them wrong (seed 0)", data))

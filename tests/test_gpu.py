@@ -1,4 +1,4 @@
-"""What needs a CUDA GPU: the captured step, and the time that scoring takes."""
+"""What needs a CUDA GPU: the captured step, float16, checkpoints, two processes at once, and the time of scoring."""
 
 import subprocess
 import sys
@@ -28,7 +28,7 @@ def weights(name, data, settings):
     return torch.cat([value.flatten().float() for value in net.state_dict().values()])
 
 
-@pytest.mark.parametrize("name", list(utils.NORMS))
+@pytest.mark.parametrize("name", list(utils.NORM_OF))
 def test_captured_eager_and_repeated_runs_agree_bit_for_bit(name, data, monkeypatch):
     settings = replace(SHORT, augment="flip+crop")
     first = weights(name, data, settings)
@@ -120,7 +120,7 @@ def test_goes_on_from_a_checkpoint(data, tmp_path, monkeypatch):
 
 
 CELLS = """
-import json, sys, utils
+import sys, utils
 from pathlib import Path
 data = utils.draw_stand_in(utils.pick_device())
 plan = utils.Plan(seeds=(0,), epochs=3, data="synthetic", publish=False, out=Path(sys.argv[1]))

@@ -14,15 +14,17 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
+import hubconf
 import models
 import utils
 
 # Runs a command and notes the most memory that one of its processes held: a process of its own, since what pytest held
-# before would count as well. Without the capability CAP_DAC_OVERRIDE (1; prctl's option 24 drops it, or fails where
-# there is none) permissions hold for root, too.
+# before would count as well. Without the capability CAP_DAC_OVERRIDE (1; prctl's option 24 drops it) permissions hold
+# for root, too.
 NOTE_PEAK = """
 import ctypes, resource, subprocess, sys
-ctypes.CDLL(None).prctl(24, 1)
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(24, 1)
 done = subprocess.run(sys.argv[2:])
 open(sys.argv[1], "w").write(str(1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
 sys.exit(done.returncode)
@@ -98,10 +100,8 @@ def test_answers_to_the_exercises(real, capsys):
     few = utils.replace(real, images=real.images[:1000], labels=real.labels[:1000])
     names = {"data": few, "device": torch.device("cpu"), "settings": utils.Settings(epochs=1), "utils": utils}
     names |= {"NetA": models.NetA, "NetB": models.NetB, "NetC": models.NetC, "replace": utils.replace}
-    for name, net in (("batch", models.NetA()), ("layer", models.NetB()), ("group", models.NetC())):
-        published = ROOT / "weights" / f"{type(net).__name__}.pt"
-        net.load_state_dict(torch.load(published, weights_only=True))
-        names[name] = [utils.Run(net, [], None, {"net": type(net).__name__})]
+    for net, norm in zip(utils.NETS, ("batch", "layer", "group"), strict=True):
+        names[norm] = [utils.Run(getattr(hubconf, net)(pretrained=True), [], None, {"net": net})]
     said = []
     for answer in answers:
         exec(answer, names)

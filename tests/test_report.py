@@ -21,7 +21,7 @@ def test_fill():
 def published():
     """Rows as a ten-seed run would leave them, with made-up accuracies."""
     rows = [
-        {"study": name, "net": net, "norm": utils.NORMS[net], "split": "test", "seed": seed, "status": "done"}
+        {"study": name, "net": net, "norm": utils.NORM_OF[net], "split": "test", "seed": seed, "status": "done"}
         | {"epochs": 20, "parameters": 48_042, "train_accuracy": 95.0, "seconds": 5.0, "augment": augment}
         | {"weight_decay": 0.1 if gain else 0.5}
         | {"test_accuracy": base + 0.1 * (seed * step % 10), "device": "gpu", "precision": "bfloat16", "torch": "2.0"}
@@ -56,6 +56,17 @@ def test_published_tables(published):
     assert "from 81.00 to 82.00 %" in report.finding("NetC", published)
     assert report.tuned(published).loc["NetC", 1] == 81
     assert report.best_rates(published) == {"NetA": 2, "NetB": 2, "NetC": 2}
+
+
+def test_versions_are_listed_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    pd.DataFrame({"protection": ["a", "b"], "test": ["c", "d"]}).to_csv(tmp_path / "takeouts.csv")
+    versions = [{"python": "3.11.7", "torch": torch} for torch in ("2.14.1", "2.9.0")]
+    versions = [one | {"torchvision": "1", "passed": 3, "failed": 0, "skipped": 1} for one in versions]
+    pd.DataFrame(versions).to_csv(tmp_path / "versions.csv")
+    text = report.protections_text()
+    assert "took 2 protections out" in text
+    assert text.index("| 2.9.0 |") < text.index("| 2.14.1 |")
 
 
 def test_accuracy_plot_shows_every_run(published):
@@ -100,7 +111,7 @@ def swept():
         }
         | {"validation_accuracy": 80 + lead.get((name, net), 0) - 2 * abs(np.log10(rate) + 1) - decay}
         for net, name, rate, decay, seed in itertools.product(
-            utils.NORMS, ("sgd", "muon"), (0.01, 0.1, 1.0), (0.0, 0.5), (0, 1)
+            utils.NORM_OF, ("sgd", "muon"), (0.01, 0.1, 1.0), (0.0, 0.5), (0, 1)
         )
     ]
     final = [
@@ -110,7 +121,7 @@ def swept():
             + lead.get((name, net), 0)
             + 0.1 * (seed * (1, 3, 9, 7)[2 * (net == "NetA") + (name == "sgd")] % 10)
         }
-        for net, name, seed in itertools.product(utils.NORMS, ("sgd", "muon"), range(10))
+        for net, name, seed in itertools.product(utils.NORM_OF, ("sgd", "muon"), range(10))
     ]
     return pd.DataFrame(rate + final)
 

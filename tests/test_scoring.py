@@ -49,6 +49,18 @@ def test_wrong_images_are_not_scored(small, scored, change, said):
         utils.test(scored[0], *change(small.test_images, small.test_labels))
 
 
+def test_scoring_is_in_strict_float32(small):
+    class Asks(torch.nn.Module):
+        def forward(self, x):
+            self.tf32 = torch.backends.cudnn.allow_tf32
+            return x.flatten(1)[:, :10]
+
+    net = Asks()
+    utils.test(net, small.test_images, small.test_labels)
+    assert net.tf32 is False
+    assert torch.backends.cudnn.allow_tf32
+
+
 def test_scoring_leaves_the_mode_and_the_statistics_alone(small):
     net = utils.models.NetA().train()
     before = net.C1.norm.running_mean.clone()
@@ -219,12 +231,22 @@ def test_rows_are_replaced_by_their_settings(tmp_path):
 
 
 def test_no_row_is_lost_between_processes(tmp_path):
-    code = "import utils; [utils.put_rows(utils.Path({!r}), [dict(process={}, row=n)]) for n in range(20)]"
+    code = """
+import utils
+print("ready", flush=True)
+input()
+for n in range(100):
+    utils.put_rows(utils.Path({!r}), [dict(process={}, row=n)])
+"""
     path = str(tmp_path / "runs.csv")
-    command = [sys.executable, "-c"]
-    writers = [subprocess.Popen([*command, code.format(path, n)], cwd=ROOT) for n in range(2)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
+    writers = [subprocess.Popen([sys.executable, "-c", code.format(path, n)], **pipes) for n in range(2)]
+    assert [writer.stdout.readline() for writer in writers] == ["ready\n"] * 2
+    for writer in writers:
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
     assert [writer.wait(timeout=120) for writer in writers] == [0, 0]
-    assert len(pd.read_csv(path)) == 40
+    assert len(pd.read_csv(path)) == 200
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

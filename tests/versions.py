@@ -27,7 +27,7 @@ def try_versions(python, torch, folder):
     head = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=folder / "clone", capture_output=True, text=True, check=True
     ).stdout.strip()
-    pins = "".join((ROOT / name).read_text() for name in ("requirements.txt", "requirements-dev.txt"))
+    pins = "".join((folder / "clone" / name).read_text() for name in ("requirements.txt", "requirements-dev.txt"))
     for pattern, pin in (
         (r"^-r .*", ""),
         (r"^torch==.*", f"torch=={torch}"),
@@ -42,6 +42,7 @@ def try_versions(python, torch, folder):
     started = time.perf_counter()
     done = subprocess.run([own, "-m", "pytest", "-q"], cwd=folder / "clone", capture_output=True, text=True)
     print(done.stdout[-6000:], flush=True)
+    assert done.returncode in (0, 1), f"pytest ended with {done.returncode}: {done.stderr[-3000:]}"
     counts = {what: int(count) for count, what in re.findall(r"(\d+) (\w+)", done.stdout.splitlines()[-1])}
     return {
         "python": version,
