@@ -76,9 +76,9 @@ def draw_cube(axis, shared, colour):
     axis.set(xticks=[], yticks=[], zticks=[])
     axis.set_xlabel("N", labelpad=-12)
     axis.set_ylabel("C", labelpad=-12)
-    axis.set_zlabel("H, W", labelpad=-6)
+    axis.set_zlabel("H, W", labelpad=-9)
     axis.view_init(elev=22, azim=-50)
-    axis.set_box_aspect(shared.shape, zoom=0.95)
+    axis.set_box_aspect(shared.shape, zoom=0.86)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
