@@ -390,7 +390,7 @@ per position instead of per channel {wide:.2f}, and within 50,000 parameters the
 
 def plot_budget(rows):
     """Accuracy of each net by its number of parameters, a point per run and a line through the means."""
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(10, 4), layout="constrained")
     width = rows[rows["study"] == "width"]
     for net in NETS:
         own, colour = width[width["net"] == net], utils.COLOURS[utils.NORM_OF[net]]
