@@ -38,6 +38,8 @@ def execute(tmp_path, folder, **settings):
     command[command.index("--output-dir") + 1] = str(tmp_path)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("S8_")} | {"S8_SEEDS": "1"} | settings
     environment |= {"S8_OUT": str(tmp_path), "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    # jupyter looks for nbconvert on the path, where another environment's may come first
+    environment["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
     command = [sys.executable, "-c", NOTE_PEAK, str(tmp_path / "peak"), *command]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
