@@ -73,7 +73,8 @@ class Net(nn.Sequential):
     classes      number of logits
     in_channels  3 for colour images
 
-    H and W are multiples of 4; 32 gives 32x32 in C1 to c3, 16x16 in C4 to c7 and 8x8 in C8 to C10.
+    H and W should be multiples of 4, since pooling drops what is left over; 32 gives 32x32 in C1 to c3, 16x16 in C4
+    to c7 and 8x8 in C8 to C10.
     Raises ValueError for an unknown norm, a wrong number of widths, or groups that do not divide a width.
     """
 

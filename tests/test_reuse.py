@@ -85,6 +85,7 @@ def test_snippet_on_another_dataset(tmp_path):
             (folder / f"{split}-{kind}").write_bytes(header + values.tobytes())
     (code,) = (code for code in snippets(README) if "FashionMNIST" in code)
     assert len([line for line in code.splitlines() if line]) <= 14
+    code = code.replace("step % 100 == 0", "True")  # there are three steps
     losses = [float(line) for line in execute(f"import torch\ntorch.manual_seed(0)\n{code}", tmp_path).split()]
     assert 0 < losses[-1] < losses[0]
 
