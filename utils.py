@@ -681,7 +681,7 @@ class Trainer:
         share = (logits.detach().argmax(1) == labels).float().mean()
         return F.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING), share
 
-    def capture(self):
+    def capture(self):  # pragma: no cover - needs a GPU: tests/test_gpu.py
         """Record `step` as a CUDA graph, leave all as it was before, and return the graph's replay."""
         tensors = [*self.net.parameters(), *self.net.buffers(), *(w for w, _ in self.copied), self.now, self.diverged]
         before = [tensor.detach().clone() for tensor in tensors]

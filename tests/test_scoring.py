@@ -10,6 +10,7 @@ from conftest import ROOT
 from matplotlib import pyplot as plt
 from PIL import Image
 
+import models
 import utils
 from utils import Scores
 
@@ -297,3 +298,14 @@ def test_spreads_by_plain_arithmetic(small, name, size, groups):
     expected = (moved / (sum(variances) / len(variances))) ** 0.5
     row = utils.spreads(net, name, images, size)[0]
     assert row == {"net": name, "images": size, "layer": "C1", "spread": pytest.approx(expected, abs=2e-5)}
+
+
+def test_spreads_are_drawn_line_by_line(small):
+    rows = [row for size in (2, 10) for row in utils.spreads(models.NetA(), "NetA", small.test_images[:20], size)]
+    rows += utils.spreads(models.NetB(), "NetB", small.test_images[:20])
+    figure = utils.plot_spreads(pd.DataFrame(rows), small)
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    assert set(lines) == {"NetA, batch: of 2 images", "NetA, batch: of 10 images", "NetB, layer: an image's own"}
+    drawn = lines["NetA, batch: of 10 images"].get_ydata()
+    assert list(drawn) == [row["spread"] for row in rows if row["net"] == "NetA" and row["images"] == 10]
+    assert "NOT RESULTS" in figure.axes[0].get_title()
