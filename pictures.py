@@ -5,6 +5,7 @@
 Needs weights/ and CIFAR-10. The grids of mistakes, batch.png, layer.png and group.png, come out of s8.ipynb.
 """
 
+import itertools
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -93,11 +94,8 @@ def who_is_wrong(scores, labels):
     """
     wrong = torch.stack([scores[name].predictions != labels for name in scores])  # (nets, N)
     confidences = torch.stack([scores[name].confidences for name in scores])
-    sets = [
-        tuple(name for name, bit in zip(scores, bits, strict=True) if bit) for bits in np.ndindex(*[2] * len(scores))
-    ]
     found = {}
-    for names in sorted(filter(None, sets), key=lambda names: (len(names), names)):
+    for names in itertools.chain(*(itertools.combinations(scores, count) for count in range(1, len(scores) + 1))):
         of_set = torch.tensor([name in names for name in scores])
         indices = (wrong == of_set[:, None]).all(0).nonzero().flatten()
         order = confidences[of_set][:, indices].mean(0).argsort(descending=True, stable=True)
@@ -142,7 +140,7 @@ def class_activation_maps(net, images):
     """Each position's share in each logit (Zhou et al. 2016, https://arxiv.org/abs/1512.04150).
 
     images: (N, H, W, 3) uint8, as `utils.Data` holds them. Returns (N, classes, H / 4, W / 4). c11 is linear, so it
-    may come before GAP as well: the mean of a map over its positions is the net's logit.
+    may come before GAP as well: the mean of a map over its positions is the net's logit. Leaves the net in eval mode.
     """
     x = utils.standardise(images)
     for name, layer in net.eval().named_children():
