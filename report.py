@@ -465,6 +465,16 @@ def decades_within(rates, accuracies, points=1.0):
     return ends[1] - ends[0]
 
 
+SETTING = ["optimizer", "net", "learning_rate", "weight_decay"]
+
+
+def rate_runs(rows):
+    """The runs of the study rate at the settings that have seeds in `rate-seeds` as well, and those."""
+    seeds = rows[rows["study"] == "rate-seeds"]
+    first = rows[rows["study"] == "rate"].merge(seeds[SETTING].drop_duplicates(), on=SETTING)
+    return pd.concat([first, seeds], ignore_index=True)
+
+
 def means(rows, keys):
     """Mean validation accuracy by `keys`, columns of settings; none (nan) where a run diverged."""
     accuracy = pd.to_numeric(rows["validation_accuracy"], errors="coerce").rename("accuracy")

@@ -172,26 +172,37 @@ def augment(rows):
     return jobs(NETS, 10, [{"weight_decay": AUGMENTED_WEIGHT_DECAY, "augment": "flip+crop"}])
 
 
+def tuning(net, name, learning_rate, decay, seeds):
+    """Jobs of a net under the optimizer of that name, one for each of the first seeds."""
+    change = {"learning_rate": float(learning_rate), "weight_decay": float(decay), "momentum": MOMENTUM[name]}
+    return jobs([net], seeds, [change], [{"optimizer": name}])
+
+
 def rate(rows):
-    found = []
-    for name in OPTIMIZERS:
-        grid = itertools.product(RATES[name], DECAYS[name])
-        changes = [{"learning_rate": r, "weight_decay": decay, "momentum": MOMENTUM[name]} for r, decay in grid]
-        found += jobs(ALL, 3, changes, [{"optimizer": name}])
-    return sorted(found, key=lambda job: job.settings.seed)  # so that the whole grid is there early, with one seed
+    """All of the grid with one seed, each pair of optimizer and net alike."""
+    return [
+        job
+        for name, net in itertools.product(OPTIMIZERS, ALL)
+        for learning_rate, decay in itertools.product(RATES[name], DECAYS[name])
+        for job in tuning(net, name, learning_rate, decay, 1)
+    ]
+
+
+def rate_seeds(rows):
+    """Two seeds more at each learning rate, with the decay that was best in `rate`; none until that is finished."""
+    if waits("rate-seeds", rows):
+        return []
+    accuracy = report.means(rows[rows["study"] == "rate"], report.SETTING).dropna()
+    best = accuracy.groupby(report.SETTING[:-1]).idxmax()  # of the decays
+    return [job for name, net, *setting in best for job in tuning(net, name, *setting, 3) if job.settings.seed > 0]
 
 
 def optimizer(rows):
-    """Each optimizer and net at the setting that was best for the pair in `rate`; none until that is finished."""
-    if missing("rate", rows):
+    """Ten seeds of each optimizer and net at what was best of all three seeds; none until those are finished."""
+    if waits("optimizer", rows):
         return []
-    means = report.means(rows[rows["study"] == "rate"], ["net", "optimizer", "learning_rate", "weight_decay"])
-    found = []
-    for net, name in itertools.product(ALL, OPTIMIZERS):
-        learning_rate, decay = map(float, means[net, name].idxmax())
-        change = {"learning_rate": learning_rate, "weight_decay": decay, "momentum": MOMENTUM[name]}
-        found += jobs([net], 10, [change], [{"optimizer": name}])
-    return found
+    best = report.means(report.rate_runs(rows), report.SETTING).groupby(["optimizer", "net"]).idxmax()
+    return [job for name, net, *setting in best for job in tuning(net, name, *setting, 10)]
 
 
 def batch(rows):
@@ -211,7 +222,7 @@ def batch_rate(rows):
 
 def batch_size(rows):
     """The optimizer's batch sizes, each end at its best rate, what lies between interpolated; none until those are."""
-    if missing("batch-rate", rows):
+    if waits("batch-size", rows):
         return []
     means = report.means(rows[rows["study"] == "batch-rate"], ["net", "batch_size", "learning_rate"])
     found = []
@@ -243,11 +254,13 @@ def flip(rows):
     return jobs(NETS, 3, [{"weight_decay": AUGMENTED_WEIGHT_DECAY, "augment": name} for name in ("none", "flip")])
 
 
-WAITS = {"optimizer": "rate", "batch-size": "batch-rate"}  # a study: the one whose rows it needs whole
+# A study: the one whose rows it needs whole.
+WAITS = {"rate-seeds": "rate", "optimizer": "rate-seeds", "batch-size": "batch-rate"}
 STUDIES = {
     "tune": ("validation", tune),
     "augment": ("test", augment),
     "rate": ("validation", rate),
+    "rate-seeds": ("validation", rate_seeds),
     "optimizer": ("test", optimizer),
     "batch": ("test", batch),
     "batch-rate": ("validation", batch_rate),
@@ -270,6 +283,12 @@ def read_texts():
     if not RUNS.exists():
         return pd.DataFrame(columns=["study"])
     return pd.read_csv(RUNS, dtype=str, keep_default_na=False)
+
+
+def waits(study, rows):
+    """Whether a study still has no jobs, because `rows` do not hold all of the one that it needs."""
+    needed = WAITS.get(study)
+    return needed is not None and (waits(needed, rows) or bool(missing(needed, rows)))
 
 
 def missing(study, rows):
@@ -333,7 +352,9 @@ def run_together(study, todo, data, compile):
     ]
     for epoch in range(max(job.settings.epochs for job in todo)):
         for trainer in trainers:
-            if epoch < trainer.settings.epochs:
+            with trainer.on_stream():
+                stopped = epoch >= trainer.settings.epochs or bool(trainer.diverged)
+            if not stopped:
                 for _ in trainer.epoch():
                     pass
     for trainer in trainers:
@@ -393,7 +414,7 @@ def main():
     for study in chosen:
         if several and study in WAITS:
             torch.distributed.barrier()  # another process may still be at what this study waits for
-        if study in WAITS and missing(WAITS[study], read_texts()):
+        if waits(study, read_texts()):
             print(f"{study}: waits for {WAITS[study]}")
         run_study(study, data)
     if "tune" in chosen and not missing("tune", read_texts()):
