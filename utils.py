@@ -8,6 +8,7 @@ import contextlib
 import copy
 import ctypes
 import functools
+import gc
 import hashlib
 import math
 import os
@@ -692,8 +693,12 @@ class Trainer:
                 self.step()
                 self.now.zero_()
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph, stream=self.stream):
-            self.step()
+        gc.disable()  # to free another net's graph now would end the recording
+        try:
+            with torch.cuda.graph(graph, stream=self.stream):
+                self.step()
+        finally:
+            gc.enable()
         with torch.no_grad():
             for tensor, value in zip(tensors, before, strict=True):
                 tensor.copy_(value)
