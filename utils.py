@@ -947,6 +947,7 @@ def finish(name, net, data, settings, history, study, seconds, variant=None, div
         **norm_columns(net.norm, net.groups, settings.batch_size),
         "widths": " ".join(map(str, net.widths)),
         "activation": "SiLU",
+        "initial_weights": "",
         "optimizer": "muon",
         **asdict(settings),
         "train_images": len(data.images),
@@ -1029,7 +1030,10 @@ def put_rows(path, rows, key=None):
         if path.exists():
             old = pd.read_csv(path, dtype=str, keep_default_na=False)
             replaced = set(new[key].itertuples(index=False, name=None))
-            kept = [row not in replaced for row in old[key].itertuples(index=False, name=None)]
+            kept = [
+                row not in replaced
+                for row in old.reindex(columns=key, fill_value="").itertuples(index=False, name=None)
+            ]
             new = pd.concat([old[kept], new])
         save(path, lambda temporary: new.to_csv(temporary, index=False))
 

@@ -1,5 +1,6 @@
 """What needs a CUDA GPU: the captured step, float16, checkpoints, two processes at once, and the time of scoring."""
 
+import gc
 import subprocess
 import sys
 import time
@@ -97,6 +98,21 @@ def test_the_captured_step_stops_where_the_eager_one_does(data):
         found.append((weights, str(error.value)))
     assert torch.equal(found[0][0], found[1][0])
     assert found[0][1] == found[1][1]
+
+
+def test_no_garbage_is_collected_while_a_step_is_recorded(data, monkeypatch):
+    """It may hold another net's graph, and to free that ends the recording."""
+    seen, step = [], utils.Trainer.step
+
+    def watched(trainer):
+        seen.append((torch.cuda.is_current_stream_capturing(), gc.isenabled()))
+        step(trainer)
+
+    monkeypatch.setattr(utils.Trainer, "step", watched)
+    utils.Trainer(utils.build("NetA", SHORT), data, SHORT)
+    assert (True, False) in seen
+    assert (True, True) not in seen
+    assert gc.isenabled()
 
 
 def test_goes_on_from_a_checkpoint(data, tmp_path, monkeypatch):

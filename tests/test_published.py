@@ -35,10 +35,12 @@ def test_readme_has_every_generated_part():
         "augment",
         "pairs",
         "claims",
+        "headline",
         "advice",
         "protections",
     ]
-    assert sorted(parts) == sorted([*tables, "sweep-statistics", "sweep-axes", "sweep-budget", *nets])
+    sweeps = [f"sweep-{name}" for name in ("rate", "optimizer", "statistics", "axes", "budget")]
+    assert sorted(parts) == sorted([*tables, *sweeps, *nets])
     assert not re.search(r"<!-- ([\w-]+) -->\s*<!-- end -->", README), "a part is empty"
 
 
@@ -193,3 +195,69 @@ def test_pairs_by_independent_arithmetic():
         ahead = "NetA" in starts[place]  # README: batch norm is ahead, layer and group norm can't be told apart
         assert (holm < 0.05) == ahead
     assert shown in README
+
+
+def test_prose_says_what_the_sweeps_of_optimizers_do(real):
+    runs = report.rate_runs(ROWS)
+    assert set(runs.groupby(report.SETTING).size()) == {3}
+    leads = np.array(list(report.optimizer_leads(ROWS).values()))  # SGD, AdamW, Muon
+    assert (leads > 0).all()
+    assert (np.diff(leads, axis=0) < 0).all()  # "depends on the optimizer"
+    control = ROWS[ROWS["study"].isin(["rate", "rate-seeds"]) & (ROWS["net"] == "Net") & (ROWS["status"] == "done")]
+    assert control[control["optimizer"] == "sgd"]["validation_accuracy"].max() <= report.CHANCE + 0.5
+    best = report.means(runs, report.SETTING).groupby(["optimizer", "net"]).max()
+    assert best["adamw", "Net"] < best["adamw"].drop("Net").min()
+    assert best["muon", "NetB"] < best["muon", "Net"] < best["muon", "NetC"]
+    assert report.optimizer_table(ROWS).loc["Muon", "Net, none"] != "-"  # the advice quotes them
+    assert report.optimizer_table(ROWS).loc["Muon", "NetB, layer"] != "-"
+    accuracy = report.finished(ROWS)["muon"]
+    assert accuracy["Net"].mean() > accuracy["NetB"].mean()
+    wide = {}
+    for (optimizer, net), own in runs.groupby(["optimizer", "net"]):
+        tried = sorted(runs[runs["optimizer"] == optimizer]["learning_rate"].unique())
+        by_rate = report.by_rate(own).reindex(tried).fillna(-np.inf)
+        wide[optimizer, net] = report.decades_within(tried, by_rate.to_numpy())
+    for optimizer in report.OPTIMIZERS:
+        assert wide[optimizer, "NetB"] < wide[optimizer, "NetA"]  # layer norm is harder to tune than batch norm
+    differences = [wide[optimizer, "NetB"] - wide[optimizer, "NetC"] for optimizer in report.OPTIMIZERS]
+    assert min(differences) < 0 < max(differences)  # but not clearly harder than group norm
+    assert wide["muon", "Net"] < min(wide["muon", net] for net in utils.NETS)
+    net = utils.build("Net", utils.Settings(seed=0)).eval()
+    logits = net(utils.standardise(real.test_images[:500]))
+    assert 5e-7 < logits.std(0).mean().item() < 5e-6  # "some 0.000001"
+
+
+def test_differences_of_differences_by_independent_arithmetic():
+    """The optimizers' intervals against plain sums and Student's t."""
+    shown = README[README.index("<!-- sweep-optimizer -->") :]
+    runs = sweep("optimizer")
+    for row in runs.itertuples():  # all ten at the setting that README's table calls the best
+        line = next(
+            line
+            for line in README.splitlines()
+            if line.startswith(f"| {report.OPTIMIZERS[row.optimizer]} | {row.net},")
+        )
+        assert f" {row.learning_rate:g} | {row.weight_decay:g}" in line or "| - | - |" in line
+    found = 0
+    for optimizer, net in (("sgd", "NetB"), ("sgd", "NetC"), ("adamw", "NetB"), ("adamw", "NetC")):
+        gaps = []
+        for name in (optimizer, "muon"):
+            own = runs[runs["optimizer"] == name].set_index(["net", "seed"])["test_accuracy"]
+            if any(len(own.get(one, ())) < 10 for one in ("NetA", net)):
+                break
+            gaps.append([own["NetA", seed] - own[net, seed] for seed in range(10)])
+        else:
+            differences = [one - other for one, other in zip(*gaps, strict=True)]
+            mean = sum(differences) / 10
+            reach = 2.262157 * (sum((d - mean) ** 2 for d in differences) / 9 / 10) ** 0.5
+            assert f"by {mean:+.2f} points (95 % interval {mean - reach:+.2f} to {mean + reach:+.2f}, n = 10)" in shown
+            found += 1
+    assert shown[: shown.index("<!-- end -->")].count("is larger under") == found > 0
+
+
+@pytest.mark.parametrize("text", [README, "".join("".join(cell["source"]) for cell in NOTEBOOK["cells"])])
+def test_what_is_not_run_yet_is_named(text):
+    texts = pd.read_csv(ROOT / "results" / "runs.csv", dtype=str, keep_default_na=False)
+    left = {name for name in study.STUDIES if study.waits(name, texts) or study.missing(name, texts)}
+    sentence = re.search(r"Listed in `study.py`\s+and not run yet: (.*?\.) The runs", text, re.DOTALL)
+    assert left == (set(re.findall(r"`([\w-]+)`", sentence[1])) if sentence else set())

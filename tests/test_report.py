@@ -97,60 +97,106 @@ def test_decades_within_a_point(accuracies, decades):
 
 @pytest.fixture
 def swept():
-    """Rows of the studies rate and optimizer with made-up accuracies: NetA leads by 5 with sgd, by 1 with muon."""
+    """Rows of the studies of rates and optimizers, made up: NetA leads by 5 with sgd and by 1 with muon.
+
+    The best rate is 0.1, the best decay 0, but 0.5 with sgd and a rate of 1.0. The control stays at chance with sgd.
+    """
     lead = {("sgd", "NetA"): 5.0, ("muon", "NetA"): 1.0}
-    rate = [
-        {
-            "study": "rate",
-            "net": net,
-            "optimizer": name,
-            "learning_rate": rate,
-            "weight_decay": decay,
-            "seed": seed,
-            "status": "done",
-        }
-        | {"validation_accuracy": 80 + lead.get((name, net), 0) - 2 * abs(np.log10(rate) + 1) - decay}
-        for net, name, rate, decay, seed in itertools.product(
-            utils.NORM_OF, ("sgd", "muon"), (0.01, 0.1, 1.0), (0.0, 0.5), (0, 1)
-        )
+
+    def accuracy(net, name, rate, decay):
+        if (net, name) == ("Net", "sgd"):
+            return 10.0
+        better = 0.5 if (name, rate) == ("sgd", 1.0) else 0.0
+        return 80 + lead.get((name, net), 0) - 2 * abs(np.log10(rate) + 1) - abs(decay - better)
+
+    def run(study, net, name, rate, decay, seed, **accuracies):
+        row = {"study": study, "net": net, "optimizer": name, "learning_rate": rate, "weight_decay": decay}
+        return row | {"seed": seed, "status": "done"} | accuracies
+
+    grid = itertools.product(utils.NORM_OF, report.OPTIMIZERS, (0.01, 0.1, 1.0), (0.0, 0.5))
+    first = [run("rate", *setting, 0, validation_accuracy=accuracy(*setting)) for setting in grid]
+    seeds = [
+        run("rate-seeds", net, name, rate, decay, seed, validation_accuracy=accuracy(net, name, rate, decay))
+        for net, name, rate, seed in itertools.product(utils.NORM_OF, report.OPTIMIZERS, (0.01, 0.1, 1.0), (1, 2))
+        for decay in [0.5 if (name, rate) == ("sgd", 1.0) and net != "Net" else 0.0]
     ]
-    final = [
-        {"study": "optimizer", "net": net, "optimizer": name, "seed": seed, "learning_rate": 0.1, "weight_decay": 0.0}
-        | {
-            "test_accuracy": 80
-            + lead.get((name, net), 0)
-            + 0.1 * (seed * (1, 3, 9, 7)[2 * (net == "NetA") + (name == "sgd")] % 10)
-        }
-        for net, name, seed in itertools.product(utils.NORM_OF, ("sgd", "muon"), range(10))
-    ]
-    return pd.DataFrame(rate + final)
+    final = []
+    order = np.random.default_rng(0)
+    for net, name in itertools.product(utils.NORM_OF, report.OPTIMIZERS):
+        rate = 0.01 if (net, name) == ("Net", "sgd") else 0.1
+        for seed, extra in enumerate(order.permutation(10)):
+            score = 80 + lead.get((name, net), 0) + 0.1 * extra
+            final.append(run("optimizer", net, name, rate, 0.0, seed, test_accuracy=score))
+    return pd.DataFrame(first + seeds + final)
+
+
+def rates(table, name, net):
+    """The line of `report.rate_table` of an optimizer and a net."""
+    both = (report.OPTIMIZERS[name], f"{net}, {utils.NORM_OF[net]}")
+    return table.reset_index().set_index(["optimizer", "net"]).loc[both]
 
 
 def test_sweeps_tables(swept):
-    table = report.rate_table(swept).reset_index().set_index(["optimizer", "net"])
-    assert table.loc[("sgd", "NetA")].tolist() == ["0.1", "0", "85.00", "1.00", 0, 2]
-    assert report.optimizer_table(swept).loc["muon", "NetA"] == "81.45 (std 0.30, n = 10)"
-    assert report.gap_of_gaps(swept, "NetA", "NetC").startswith("NetA minus NetC, sgd minus muon: +4.00 points")
+    table = report.rate_table(swept)
+    assert rates(table, "sgd", "NetA").tolist() == ["0.1", "0", "85.00", "1.0", "1.0, 1.0, 1.0", "0 of 6"]
+    assert rates(table, "sgd", "Net").tolist() == ["-", "-", "10.00", "-", "-", "0 of 6"]
+    assert report.optimizer_leads(swept) == {"sgd": [5, 5], "adamw": [0, 0], "muon": [1, 1]}
+    assert report.optimizer_table(swept).loc["Muon", "NetA, batch"] == "81.45 (0.30)"
+    assert report.differences_table(swept).loc["NetA minus NetC", "Muon"].startswith("+1.00 (")
+    gaps = report.gap_of_gaps(swept, "NetA", "NetC", ("sgd", "muon"))
+    assert gaps.startswith(
+        "NetA minus NetC is larger under SGD, Nesterov than under Muon by +4.00 points (95 % interval"
+    )
+    assert gaps in report.optimizer_text(swept)
+    assert "to come" not in report.optimizer_text(swept)
+    assert "leads layer and group norm by 5.0 and 5.0 points under SGD" in report.headline(swept)
 
 
-def test_rate_plot_shows_the_best_decay(swept):
+def test_the_largest_decay_is_marked_when_it_is_the_best(swept):
+    rows = swept[swept["learning_rate"] == 1.0]
+    assert rates(report.rate_table(rows), "sgd", "NetB")["weight decay"] == "0.5 (largest tried)"
+
+
+def test_what_has_no_ten_seeds_is_a_dash(swept):
+    one = (swept["study"] == "optimizer") & (swept["net"] == "NetA") & (swept["optimizer"] == "sgd")
+    rows = swept[~(one & (swept["seed"] == 7))]
+    assert report.optimizer_table(rows).loc["SGD, Nesterov"].tolist() == [
+        "-",
+        "80.45 (0.30)",
+        "80.45 (0.30)",
+        "80.45 (0.30)",
+    ]
+    assert report.differences_table(rows)["SGD, Nesterov"].tolist()[:3] == ["-", "-", "-"]
+    assert report.gap_of_gaps(rows, "NetA", "NetC", ("sgd", "muon")) is None
+    text = report.optimizer_text(rows)
+    assert "is larger under AdamW than under Muon" in text
+    assert "under SGD" not in text
+    assert "A dash stands where ten seeds are not there yet, 1 runs in all." in text
+
+
+def test_rate_plot_shows_the_best_decay_and_each_seed(swept):
     figure = report.plot_rate(swept)
-    assert [axis.get_title() for axis in figure.axes] == ["sgd", "muon"]
+    title = figure.axes[0].get_title()
+    assert title == "SGD, Nesterov: batch norm leads\nlayer by 5.0, group by 5.0 points"
     line = figure.axes[0].lines[0]
     assert line.get_xdata().tolist() == [0.01, 0.1, 1.0]
     assert line.get_ydata().tolist() == [83, 85, 83]
+    points = figure.axes[0].collections[0].get_offsets()
+    assert sorted(map(tuple, points)) == [(0.01, 83)] * 3 + [(0.1, 85)] * 3 + [(1.0, 83)] * 3
 
 
 def test_a_setting_that_diverged_once_is_not_the_best(swept):
-    """Neither in the table nor in the choice of what the study optimizer runs."""
-    one = (swept["study"] == "rate") & (swept["net"] == "NetA") & (swept["optimizer"] == "sgd")
-    one &= (swept["learning_rate"] == 0.1) & (swept["weight_decay"] == 0) & (swept["seed"] == 1)
+    """Neither in the table nor in the choice of what the study optimizer runs; there the optimum ends."""
+    one = (swept["study"] == "rate-seeds") & (swept["net"] == "NetA") & (swept["optimizer"] == "sgd")
+    one &= (swept["learning_rate"] == 0.1) & (swept["seed"] == 1)
+    first = (swept["study"] == "rate") & (swept["net"] == "NetC") & (swept["learning_rate"] == 1.0)
     rows = swept.assign(
-        validation_accuracy=swept["validation_accuracy"].where(~one), status=swept["status"].where(~one, "diverged")
+        validation_accuracy=swept["validation_accuracy"].where(~(one | first)),
+        status=swept["status"].where(~(one | first), "diverged"),
     )
-    table = report.rate_table(rows).reset_index().set_index(["optimizer", "net"])
-    assert table.loc[("sgd", "NetA")].tolist()[:3] == ["0.1", "0.5", "84.50"]
-    assert table.loc[("sgd", "NetA"), "diverged"] == 1
+    table = report.rate_table(rows)
+    assert rates(table, "sgd", "NetA").tolist()[2:4] == ["83.00", "at least 0.0"]
+    assert rates(table, "muon", "NetC").tolist()[3:] == ["0.5", "0.5, 1.0, 1.0", "2 of 6"]
     kept = report.optimizer_runs(rows)
     assert kept[(kept["net"] == "NetA") & (kept["optimizer"] == "sgd")].empty
     assert len(kept[(kept["net"] == "NetC") & (kept["optimizer"] == "sgd")]) == 10

@@ -133,7 +133,7 @@ def test_studies_are_what_they_say():
     assert study.rate_seeds(rows) == study.optimizer(rows) == []  # until the study rate is finished
     per_pair = pd.Series([(job.net, job.optimizer) for job in study.rate(rows)]).value_counts()
     assert len(per_pair) == 12
-    assert set(per_pair) == {21}
+    assert set(per_pair) == {28}
     for parameters, widths in study.WIDTHS.items():
         assert sum(p.numel() for p in models.NetC(widths=widths).parameters()) == parameters
     [job] = study.jobs(["NetB"], 1, variants=[{"layer_variant": "[C,H,W]", "widths": study.LAYER_WIDTHS}])
@@ -165,6 +165,22 @@ def test_optimizers_start_from_the_best_of_their_rates():
     chosen = [job for job in study.optimizer(pd.DataFrame(rows)) if (job.net, job.optimizer) == ("NetB", "sgd")]
     assert [job.settings.seed for job in chosen] == list(range(10))
     assert {(job.settings.learning_rate, job.settings.weight_decay) for job in chosen} == {(0.1, 0.0005)}
+
+
+def test_the_control_from_other_initial_weights():
+    own, he, again = (study.Job("Net", TINY, initial_weights=draw) for draw in ("", "he", "he"))
+    torch.manual_seed(7)
+    nets = own.build(), he.build(), again.build()
+    assert all(torch.equal(a, b) for a, b in zip(nets[1].parameters(), nets[2].parameters(), strict=True))
+    for name, follows in (("C4.conv", 2), ("c7", 1), ("c11", 1)):
+        weight = nets[1].get_submodule(name).weight
+        assert weight.std().item() == pytest.approx((follows / weight[0].numel()) ** 0.5, rel=0.1)
+    images = torch.randn(100, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    fading, kept = (net(images).std(0).mean().item() for net in nets[:2])
+    assert fading < 1e-5 < 1e-3 < kept
+    assert own.columns() | {"initial_weights": "he"} == he.columns()
+    trials = pd.Series([(job.net, job.optimizer) for job in study.initial(None)]).value_counts()
+    assert dict(trials) == {("Net", name): 21 for name in study.OPTIMIZERS}
 
 
 def test_batch_sizes_start_from_the_best_of_their_ends():
