@@ -32,7 +32,8 @@ from utils import LEARNING_RATES, NETS, Settings
 
 RUNS = Path("results/runs.csv")
 ALL = (*NETS, "Net")  # with the control, which has no statistics
-AT_ONCE = 3  # runs that share a GPU: while one waits for its small kernels, another computes
+# Runs share a GPU: while one waits for its small kernels, another computes. As many as fill it, but these bounds:
+IMAGES_AT_ONCE, AT_ONCE = 1_500, (3, 12)
 COMPILE_FROM = 15  # runs of a study, a process, that share a net: with fewer, compiling it takes longer than it saves
 AUGMENTED_WEIGHT_DECAY = 0.1  # with flip and crop: best over the three nets in the study tune
 
@@ -237,11 +238,11 @@ def batch(rows):
 
 
 def batch_rate(rows):
-    """Learning rates at both ends of the optimizer's batch sizes, as multiples of the published ones."""
+    """Learning rates at both ends of the optimizer's batch sizes, as multiples of the published ones; one seed."""
     factors = {32: (1 / 16, 1 / 8, 1 / 4, 1 / 2), 1024: (1 / 2, 1, 2, 4)}
     return [
-        Job(net, Settings(learning_rate=factor * LEARNING_RATES[net], batch_size=size, seed=seed))
-        for seed, size in itertools.product(range(2), factors)
+        Job(net, Settings(learning_rate=factor * LEARNING_RATES[net], batch_size=size))
+        for size in factors
         for factor, net in itertools.product(factors[size], NETS)
     ]
 
@@ -354,14 +355,21 @@ def run_study(study, data):
     todo = [job for job in missing(study, rows) if job in mine]
     if STUDIES[study][0] == "validation":
         data = utils.validation_split(data)
-    at_once = AT_ONCE if data.images.is_cuda else 1
     with tqdm(total=len(todo), desc=study) as bar:
-        for start in range(0, len(todo), at_once):
-            part = todo[start : start + at_once]
+        for part in parts(todo) if data.images.is_cuda else ([job] for job in todo):
             compile = [data.images.is_cuda and alike[program(job)] >= COMPILE_FROM * world for job in part]
             runs = run_together(study, part, data, compile)
             utils.put_rows(RUNS, [one.row for one in runs])
             bar.update(len(runs))
+
+
+def parts(todo):
+    """Lists of the jobs that run at the same time, which have the same batch size: small batches, many jobs."""
+    least, most = AT_ONCE
+    for size, alike in itertools.groupby(todo, key=lambda job: job.settings.batch_size):
+        at_once = min(max(IMAGES_AT_ONCE // size, least), most)
+        while part := list(itertools.islice(alike, at_once)):
+            yield part
 
 
 def program(job):
@@ -377,13 +385,8 @@ def run_together(study, todo, data, compile):
         utils.Trainer(net, data, job.settings, compile=one, optimizer=OPTIMIZERS[job.optimizer])
         for net, job, one in zip(nets, todo, compile, strict=True)
     ]
-    for epoch in range(max(job.settings.epochs for job in todo)):
-        for trainer in trainers:
-            with trainer.on_stream():
-                stopped = epoch >= trainer.settings.epochs or bool(trainer.diverged)
-            if not stopped:
-                for _ in trainer.epoch():
-                    pass
+    for _ in itertools.zip_longest(*map(epochs_of, trainers)):
+        pass  # a step of each in turn
     for trainer in trainers:
         trainer.means()
     seconds = (time.perf_counter() - clock) / len(todo)
@@ -401,6 +404,15 @@ def run_together(study, todo, data, compile):
         )
         for net, job, trainer in zip(nets, todo, trainers, strict=True)
     ]
+
+
+def epochs_of(trainer):
+    """Generator: all epochs of a run, a step at each turn, but none after that in which it diverged."""
+    for _ in range(trainer.settings.epochs):
+        yield from trainer.epoch()
+        with trainer.on_stream():
+            if trainer.diverged:
+                return
 
 
 def main():

@@ -71,6 +71,16 @@ def test_shards_cover_everything_once(tiny, monkeypatch):
         assert sorted(utils.read_rows(study.RUNS)["seed"]) == seeds
 
 
+def test_small_batches_run_many_at_a_time():
+    sizes = [32] * 14 + [256] * 6 + [500] * 4 + [1024]
+    todo = [Job("NetA", replace(TINY, batch_size=size, seed=seed)) for seed, size in enumerate(sizes)]
+    parts = list(study.parts(todo))
+    assert [job for part in parts for job in part] == todo
+    assert [(len(part), part[0].settings.batch_size) for part in parts] == [
+        *((12, 32), (2, 32), (5, 256), (1, 256), (3, 500), (1, 500), (1, 1024))
+    ]
+
+
 def test_together_as_alone(tiny):
     """Runs that share a device get the weights that each would get by itself."""
     data, jobs = tiny
