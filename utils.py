@@ -693,12 +693,14 @@ class Trainer:
                 self.step()
                 self.now.zero_()
         torch.cuda.synchronize()
+        collecting = gc.isenabled()
         gc.disable()  # to free another net's graph now would end the recording
         try:
             with torch.cuda.graph(graph, stream=self.stream):
                 self.step()
         finally:
-            gc.enable()
+            if collecting:
+                gc.enable()
         with torch.no_grad():
             for tensor, value in zip(tensors, before, strict=True):
                 tensor.copy_(value)

@@ -1,5 +1,6 @@
 """Runs that are interrupted and go on, runs that diverge, and checkpoints that are of no use."""
 
+import collections
 import os
 import random
 import signal
@@ -204,7 +205,11 @@ def test_train_says_where_it_diverged(small, tmp_path):
 def test_sweeps_note_what_diverged_and_go_on(small, tmp_path, monkeypatch):
     wild, tame = (replace(SETTINGS, learning_rate=rate, weight_decay=0.0) for rate in (10.0, 0.03))
     jobs = [study.Job("Net", wild), study.Job("Net", tame)]
+    steps, step = collections.Counter(), utils.Trainer.step
+    monkeypatch.setattr(utils.Trainer, "step", lambda trainer: (steps.update([trainer.settings]), step(trainer)))
     runs = study.run_together("rate", jobs, replace(small, real=True), [False, False])
+    assert steps[wild] % 6 == 0  # to the end of the epoch
+    assert steps[wild] < steps[tame] == 6 * SETTINGS.epochs
     assert [one.row["status"] for one in runs] == ["diverged", "done"]
     assert [one.row["test_accuracy"] == "" for one in runs] == [True, False]
 

@@ -200,59 +200,74 @@ def test_pairs_by_independent_arithmetic():
 def test_prose_says_what_the_sweeps_of_optimizers_do(real):
     runs = report.rate_runs(ROWS)
     assert set(runs.groupby(report.SETTING).size()) == {3}
-    leads = np.array(list(report.optimizer_leads(ROWS).values()))  # SGD, AdamW, Muon
-    assert (leads > 0).all()
-    assert (np.diff(leads, axis=0) < 0).all()  # "depends on the optimizer"
-    control = ROWS[ROWS["study"].isin(["rate", "rate-seeds"]) & (ROWS["net"] == "Net") & (ROWS["status"] == "done")]
-    assert control[control["optimizer"] == "sgd"]["validation_accuracy"].max() <= report.CHANCE + 0.5
-    best = report.means(runs, report.SETTING).groupby(["optimizer", "net"]).max()
-    assert best["adamw", "Net"] < best["adamw"].drop("Net").min()
-    assert best["muon", "NetB"] < best["muon", "Net"] < best["muon", "NetC"]
-    assert report.optimizer_table(ROWS).loc["Muon", "Net, none"] != "-"  # the advice quotes them
-    assert report.optimizer_table(ROWS).loc["Muon", "NetB, layer"] != "-"
-    accuracy = report.finished(ROWS)["muon"]
-    assert accuracy["Net"].mean() > accuracy["NetB"].mean()
-    wide = {}
-    for (optimizer, net), own in runs.groupby(["optimizer", "net"]):
-        tried = sorted(runs[runs["optimizer"] == optimizer]["learning_rate"].unique())
-        by_rate = report.by_rate(own).reindex(tried).fillna(-np.inf)
-        wide[optimizer, net] = report.decades_within(tried, by_rate.to_numpy())
-    for optimizer in report.OPTIMIZERS:
-        assert wide[optimizer, "NetB"] < wide[optimizer, "NetA"]  # layer norm is harder to tune than batch norm
-    differences = [wide[optimizer, "NetB"] - wide[optimizer, "NetC"] for optimizer in report.OPTIMIZERS]
-    assert min(differences) < 0 < max(differences)  # but not clearly harder than group norm
-    assert wide["muon", "Net"] < min(wide["muon", net] for net in utils.NETS)
+    control = ROWS[ROWS["study"].isin(["rate", "rate-seeds"]) & (ROWS["net"] == "Net") & (ROWS["optimizer"] == "sgd")]
+    assert control["validation_accuracy"].max() <= report.CHANCE + 0.5  # "stays at chance"
+    above = report.means(runs[(runs["net"] == "Net") & (runs["optimizer"] == "muon")], ["learning_rate"])
+    assert above.idxmax() == above.dropna().index.max() == 0.03  # the advice: half a decade above, it diverged
+    gaps = report.differences_table(ROWS)
+    for pair in ("NetA minus NetB", "NetB minus Net"):  # "depends on the optimizer": the interval is above 0
+        assert float(re.search(r"\((\S+) to", gaps.loc[pair, "AdamW less Muon"])[1]) > 0
+    accuracy, train = report.finished(ROWS), report.finished(ROWS, "train_accuracy").mean()
+    assert train["adamw"]["NetA"] > train["adamw"][["NetB", "NetC"]].max() + 3  # "fit the training images less"
+    assert accuracy["adamw"].mean().idxmax() == accuracy["muon"].mean().idxmax() == "NetA"
     net = utils.build("Net", utils.Settings(seed=0)).eval()
     logits = net(utils.standardise(real.test_images[:500]))
     assert 5e-7 < logits.std(0).mean().item() < 5e-6  # "some 0.000001"
 
 
-def test_differences_of_differences_by_independent_arithmetic():
-    """The optimizers' intervals against plain sums and Student's t."""
+def test_prose_on_tuning_holds_at_other_thresholds():
+    """Under SGD layer norm has fewer good rates than batch norm, under Muon it depends on what is good."""
+    runs, fewer = report.rate_runs(ROWS), {}
+    for points in (0.5, 1, 2):
+        for optimizer in report.OPTIMIZER_TITLES:
+            wide = {}
+            for net in utils.NETS:
+                own = runs[(runs["optimizer"] == optimizer) & (runs["net"] == net)]
+                tried = sorted(runs[runs["optimizer"] == optimizer]["learning_rate"].unique())
+                values = report.by_rate(own).reindex(tried).fillna(-np.inf)
+                wide[net] = report.decades_within(tried, values.to_numpy(), points)
+            fewer[optimizer, points] = wide["NetB"] < wide["NetA"], wide["NetB"] < wide["NetC"] - 0.1
+    assert all(fewer["sgd", points][0] for points in (0.5, 1, 2))
+    assert {fewer["muon", points][0] for points in (0.5, 1, 2)} == {False, True}
+    assert not any(fewer[optimizer, 1][1] for optimizer in report.OPTIMIZER_TITLES)  # "nothing sets it apart"
+
+
+def test_differences_by_optimizer_by_independent_arithmetic():
+    """The optimizers' table of differences against plain sums and Student's t."""
     shown = README[README.index("<!-- sweep-optimizer -->") :]
-    runs = sweep("optimizer")
-    for row in runs.itertuples():  # all ten at the setting that README's table calls the best
-        line = next(
-            line
-            for line in README.splitlines()
-            if line.startswith(f"| {report.OPTIMIZERS[row.optimizer]} | {row.net},")
-        )
-        assert f" {row.learning_rate:g} | {row.weight_decay:g}" in line or "| - | - |" in line
+    best = {}  # the tables: optimizer, net, learning rate, weight decay
+    for line in README[README.index("<!-- sweep-rate -->") :].splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if len(cells) == 8 and cells[2] != "-" and cells[0] in report.OPTIMIZER_TITLES.values():
+            best[cells[0], cells[1].split(",")[0]] = float(cells[2]), float(cells[3].split()[0])
+    runs, by_seed = sweep("optimizer"), {}
+    for optimizer, title in report.OPTIMIZER_TITLES.items():
+        for net in utils.NORM_OF:
+            own = runs[(runs["optimizer"] == optimizer) & (runs["net"] == net)]
+            rate, decay = best.get((title, net), (None, None))
+            own = own[(own["learning_rate"] == rate) & (own["weight_decay"] == decay)]
+            if sorted(own["seed"]) == list(range(10)):
+                by_seed[title, net] = dict(zip(own["seed"], own["test_accuracy"], strict=True))
+
+    def text(values):
+        mean = sum(values) / 10
+        reach = 2.262157 * (sum((v - mean) ** 2 for v in values) / 9 / 10) ** 0.5
+        return f"{mean:+.2f} ({mean - reach:+.2f} to {mean + reach:+.2f})"
+
     found = 0
-    for optimizer, net in (("sgd", "NetB"), ("sgd", "NetC"), ("adamw", "NetB"), ("adamw", "NetC")):
-        gaps = []
-        for name in (optimizer, "muon"):
-            own = runs[runs["optimizer"] == name].set_index(["net", "seed"])["test_accuracy"]
-            if any(len(own.get(one, ())) < 10 for one in ("NetA", net)):
-                break
-            gaps.append([own["NetA", seed] - own[net, seed] for seed in range(10)])
-        else:
-            differences = [one - other for one, other in zip(*gaps, strict=True)]
-            mean = sum(differences) / 10
-            reach = 2.262157 * (sum((d - mean) ** 2 for d in differences) / 9 / 10) ** 0.5
-            assert f"by {mean:+.2f} points (95 % interval {mean - reach:+.2f} to {mean + reach:+.2f}, n = 10)" in shown
-            found += 1
-    assert shown[: shown.index("<!-- end -->")].count("is larger under") == found > 0
+    for first, second in (("NetA", "NetB"), ("NetA", "NetC"), ("NetA", "Net"), ("NetB", "Net"), ("NetC", "Net")):
+        gaps = {
+            title: [by_seed[title, first][seed] - by_seed[title, second][seed] for seed in range(10)]
+            for title in report.OPTIMIZER_TITLES.values()
+            if {(title, first), (title, second)} <= set(by_seed)
+        }
+        cells = [text(gaps[title]) if title in gaps else "-" for title in ("SGD", "AdamW", "Muon")]
+        for title in ("SGD", "AdamW"):
+            both = {title, "Muon"} <= set(gaps)
+            cells.append(text([a - b for a, b in zip(gaps[title], gaps["Muon"], strict=True)]) if both else "-")
+        assert f"| {first} minus {second} | {' | '.join(cells)} |" in shown
+        found += len(gaps)
+    assert found >= 8
 
 
 @pytest.mark.parametrize("text", [README, "".join("".join(cell["source"]) for cell in NOTEBOOK["cells"])])

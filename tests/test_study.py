@@ -82,11 +82,12 @@ def test_small_batches_run_many_at_a_time():
 
 
 def test_together_as_alone(tiny):
-    """Runs that share a device get the weights that each would get by itself."""
-    data, jobs = tiny
-    together = study.run_together("augment", jobs[:2], data, [False, False])
-    alone = utils.run("NetC", data, jobs[1].settings, track=False)
-    assert together[1].scores.loss == alone.scores.loss
+    """Runs that share a device get the weights that each would get by itself, also when one is longer."""
+    data, _ = tiny
+    jobs = [Job("NetC", replace(TINY, seed=epochs, epochs=epochs)) for epochs in (2, 3)]
+    together = study.run_together("augment", jobs, data, [False, False])
+    alone = [utils.run("NetC", data, job.settings, track=False) for job in jobs]
+    assert [run.scores.loss for run in together] == [run.scores.loss for run in alone]
 
 
 DRIVER = """
@@ -144,6 +145,8 @@ def test_studies_are_what_they_say():
     per_pair = pd.Series([(job.net, job.optimizer) for job in study.rate(rows)]).value_counts()
     assert len(per_pair) == 12
     assert set(per_pair) == {28}
+    momenta = {job.optimizer: job.settings.momentum for job in study.rate(rows)}
+    assert momenta == {"sgd": 0.9, "adamw": 0.9, "muon": utils.Settings.momentum}
     for parameters, widths in study.WIDTHS.items():
         assert sum(p.numel() for p in models.NetC(widths=widths).parameters()) == parameters
     [job] = study.jobs(["NetB"], 1, variants=[{"layer_variant": "[C,H,W]", "widths": study.LAYER_WIDTHS}])
