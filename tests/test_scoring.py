@@ -227,10 +227,10 @@ def test_rows_are_replaced_by_their_settings(tmp_path):
     assert utils.read_rows(path).sort_values("seed")["seconds"].tolist() == [9.5, 2.5]
     utils.put_rows(path, [first | {"seed": 2}])
     assert len(utils.read_rows(path)) == 3
-    utils.put_rows(path, [first | {"optimizer": "muon"}])  # a column that the file does not have yet
+    utils.put_rows(path, [first | {"optimizer": "", "seconds": 8.5}])  # a column that the file does not have yet
+    assert sorted(utils.read_rows(path)["seconds"]) == [1.5, 2.5, 8.5]
+    utils.put_rows(path, [first | {"optimizer": "muon"}])
     assert len(utils.read_rows(path)) == 4
-    utils.put_rows(path, [first | {"optimizer": "", "seconds": 8.5}])  # as the rows from before
-    assert sorted(utils.read_rows(path)["seconds"]) == [1.5, 1.5, 2.5, 8.5]
     utils.put_rows(path, [first | {"seed": 7}], key=["net"])
     assert utils.read_rows(path)["seed"].tolist() == [7]
 

@@ -38,6 +38,7 @@ def test_runs_what_is_missing_and_no_more(tiny, monkeypatch):
     study.run_study("augment", data)
     first = study.read_texts()
     assert study.missing("augment", first) == []
+    assert study.missing("augment", first.drop(columns="initial_weights")) == []  # rows from before that column
     monkeypatch.setitem(study.STUDIES, "augment", ("test", lambda rows: jobs))
     assert study.missing("augment", first) == jobs[1:]
     study.run_study("augment", data)
