@@ -314,6 +314,42 @@ TAKEOUTS = [
         "    if False:\n",
         "test_reuse.py::test_hub_refuses_options_with_the_weights",
     ),
+    # sweeps
+    (
+        "a sweep trains all of its epochs",
+        "study.py",
+        "            if trainer.diverged:\n                return\n",
+        "            return\n",
+        "test_study.py::test_together_as_alone",
+    ),
+    (
+        "a sweep's run that diverged ends there",
+        "study.py",
+        "            if trainer.diverged:\n                return\n",
+        "            pass\n",
+        "test_checkpoint.py::test_sweeps_note_what_diverged_and_go_on",
+    ),
+    (
+        "rows from before a column are replaced",
+        "utils.py",
+        'columns=key, fill_value=""',
+        "columns=key",
+        "test_scoring.py::test_rows_are_replaced_by_their_settings",
+    ),
+    (
+        "rows from before a column are not run again",
+        "study.py",
+        'columns=names, fill_value=""',
+        "columns=names",
+        "test_study.py::test_runs_what_is_missing_and_no_more",
+    ),
+    (
+        "a setting counts with all three seeds alone",
+        "report.py",
+        "lambda own: len(own) == 3",
+        "lambda own: len(own) > 0",
+        "test_report.py::test_a_decay_that_is_better_now_counts_when_its_seeds_are_there",
+    ),
     # machines
     (
         "no float64, which MPS lacks",
