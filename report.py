@@ -679,6 +679,16 @@ Where layer and group norm are further behind, they also fit the training images
 that 20 epochs don't finish."""
 
 
+def minutes_text(rows):
+    """Markdown: what all runs took together on GPUs."""
+    runs = rows[~rows["device"].str.startswith("cpu")]
+    minutes = runs["seconds"].sum() / 60
+    return (
+        f"The {len(runs)} runs on GPUs that `results/runs.csv` holds took {minutes:.0f} minutes of one GPU together, "
+        "compiling included."
+    )
+
+
 def headline(rows):
     """Markdown: batch norm's lead under other optimizers, in some sentences and a figure."""
     gaps = differences_table(rows)
@@ -725,6 +735,7 @@ def report():
         utils.save_figure(Path("img") / f"{name}.png", figure)
     blocks = {
         "headline": headline(rows),
+        "minutes": minutes_text(rows),
         "results": results_table(rows),
         "expect": expectations(rows),
         "tune": markdown(tuned(rows).map("{:.2f}".format)),

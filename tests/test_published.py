@@ -36,6 +36,7 @@ def test_readme_has_every_generated_part():
         "pairs",
         "claims",
         "headline",
+        "minutes",
         "advice",
         "protections",
     ]
@@ -171,6 +172,13 @@ def test_prose_says_what_the_sweeps_do():
     for name in ("batch", "groups", "layer", "width"):
         keys = ["net", "statistics_batch", "groups", "layer_variant", "widths"]
         assert set(sweep(name).groupby(keys, dropna=False).size()) == {3}
+
+
+def test_minutes_of_all_runs():
+    seconds = [row.seconds for row in ROWS.itertuples() if "NVIDIA" in row.device]
+    assert (
+        f"The {len(seconds)} runs on GPUs that `results/runs.csv` holds took {sum(seconds) / 60:.0f} minutes" in README
+    )
 
 
 def test_pairs_by_independent_arithmetic():
