@@ -97,7 +97,7 @@ class PixelLayerNorm(nn.LayerNorm):
 def draw_he(net, seed):
     """Draw the convolutions' weights so that the signal keeps its size from layer to layer (He et al. 2015).
 
-    https://arxiv.org/abs/1502.01852; PyTorch's own draw makes them smaller by a factor of 2.4 before an activation.
+    https://arxiv.org/abs/1502.01852; before an activation PyTorch's own draw is smaller by the square root of 6.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, module in net.named_modules():
