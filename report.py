@@ -239,8 +239,7 @@ one per position (`nn.LayerNorm([C, H, W])`) the same chain has {wide.parameters
 {narrow.accuracies.mean():.2f} % (n = {len(narrow.accuracies)} each, at the learning rate tuned for NetB): there the
 limit presses. As to tuning, under SGD, AdamW and Muon it stays within a point of its best over {decades["NetB"]}
 decades of learning rates, batch norm over {decades["NetA"]} and group norm over {decades["NetC"]} (n = 3 on held-out
-images, no interval). With half a point or two instead of one, batch norm keeps more rates under SGD and AdamW alone,
-and group norm under none of the three.
+images, no interval). {TUNING}
 
 **"Group norm meets both limits easily": holds,** if 50,000 parameters and 20 epochs are meant. It has the same
 number of parameters and, with {groups.index.min()} to {groups.index.max()} groups, stays between {groups.min():.2f}
@@ -257,6 +256,7 @@ def advice(rows):
     others = [mean_of(rows, net, "batch")[0] for net in ("NetB", "NetC")]
     theirs = f"the others {min(others):.1f} to {max(others):.1f} (n = {n})"
     small = {net: mean_of(rows, net, "width", parameters=9410)[0] for net in NETS}
+    large = {net: mean_of(rows, net, "batch-size", batch_size=1024)[0] for net in NETS}
     one, several = (mean_of(rows, "NetC", "groups", groups=groups)[0] for groups in ("C", "4"))
     gaps, bare = differences_table(rows), finished(rows)["muon", "Net"].mean()
     lines = [
@@ -276,6 +276,11 @@ def advice(rows):
             f"{min(others):.1f} to {max(others):.1f} %, batch norm {two:.1f} (n = {n})",
         ),
         (
+            "an optimizer batch of 1,024 images",
+            "batch norm",
+            f"{large['NetA']:.1f} %, layer norm {large['NetB']:.1f}, group norm {large['NetC']:.1f} (n = 3)",
+        ),
+        (
             "AdamW instead of Muon",
             "batch norm",
             f"{gaps.loc['NetA minus NetB', 'AdamW']} points ahead of layer norm then, "
@@ -285,7 +290,7 @@ def advice(rows):
             "Muon, and reasons against any norm",
             "none",
             f"{bare:.1f} %; batch norm is {gaps.loc['NetA minus Net', 'Muon']} points ahead (95 % interval, n = 10); "
-            "half a decade above the best learning rate it diverged",
+            "half a decade above the best learning rate it learns nothing",
         ),
         (
             "very few parameters",
@@ -354,8 +359,7 @@ NetA is below all of the others', with 4 and 8 they overlap, and from 16 on ever
 consistent with a reason. In the published NetA of seed 0, trained with whole batches, the mean over
 {spread.index.min()} test images differs from slice to slice by {spread.iloc[0]:.2f} standard deviations, on average
 over the layers, and that over {spread.index.max()} by {spread.iloc[-1]:.3f}; eval mode puts one running average in
-the place of all of them. What layer and group norm subtract is an image's own, in training as in eval mode. Not
-tested: small batches for the optimizer as well."""
+the place of all of them. What layer and group norm subtract is an image's own, in training as in eval mode."""
 
 
 def plot_axes(rows):
@@ -409,39 +413,102 @@ per position instead of per channel {wide:.2f}, and within 50,000 parameters the
 {narrow:.2f} (n = 3 each, a point per run, no interval)."""
 
 
+def batch_sizes(rows):
+    """The runs by the optimizer's batch: those of batch-size, and of the published batch those of epochs."""
+    epochs = rows[(rows["study"] == "epochs") & (rows["epochs"] == utils.Settings.epochs)]
+    return pd.concat([rows[rows["study"] == "batch-size"], epochs])
+
+
 def plot_budget(rows):
-    """Accuracy of each net by its number of parameters, a point per run and a line through the means."""
-    figure, axis = plt.subplots(figsize=(10, 4), layout="constrained")
-    width = rows[rows["study"] == "width"]
-    for net in NETS:
-        own, colour = width[width["net"] == net], utils.COLOURS[utils.NORM_OF[net]]
-        means = own.groupby("parameters")["test_accuracy"].mean()
-        axis.scatter(own["parameters"], own["test_accuracy"], s=14, color=colour, alpha=0.6)
-        axis.plot(means.index, means, color=colour, label=f"{net}, {utils.NORM_OF[net]}")
-    axis.set(xscale="log", xlabel="parameters", ylabel="test accuracy, %")
-    axis.set_xticks(means.index, [f"{count:,}" for count in means.index])
-    axis.minorticks_off()
-    axis.legend(frameon=False)
-    axis.grid(alpha=0.3)
+    """Accuracy of each net by parameters, by epochs and by the optimizer's batch; points: runs, lines: means."""
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.8), layout="constrained")
+    panels = (
+        ("parameters", rows[rows["study"] == "width"], "parameters"),
+        ("epochs", rows[rows["study"] == "epochs"], "epochs"),
+        ("batch_size", batch_sizes(rows), "images in a batch"),
+    )
+    for axis, (column, runs, label) in zip(axes, panels, strict=True):
+        for net in NETS:
+            own, colour = runs[runs["net"] == net], utils.COLOURS[utils.NORM_OF[net]]
+            means = own.groupby(column)["test_accuracy"].mean()
+            axis.scatter(own[column], own["test_accuracy"], s=14, color=colour, alpha=0.6)
+            axis.plot(means.index, means, color=colour, label=f"{net}, {utils.NORM_OF[net]}")
+        axis.set(xscale="log", xlabel=label)
+        axis.minorticks_off()
+        axis.set_xticks(means.index, [f"{count:,}" for count in means.index], fontsize=9)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("test accuracy, %")
+    axes[0].legend(frameon=False)
     return figure
 
 
-def budget_text(rows):
-    """Markdown: figure and sentences on the number of parameters."""
-    width = rows[rows["study"] == "width"].groupby(["parameters", "net"])["test_accuracy"].mean().unstack("net")
-    losses = {net: width[net].iloc[-1] - width[net].iloc[0] for net in NETS}
-    leads = ", ".join(
-        f"{line.NetA - line.NetB:.1f} and {line.NetA - line.NetC:.1f} points at {size:,}"
-        for size, line in width.iterrows()
-    )
-    return f"""\
-![Accuracy by number of parameters](img/budget.png)
+def leads_by(runs, column):
+    """By how much batch norm's mean test accuracy is above layer and group norm's, by a column of settings, as text."""
+    means = runs.groupby([column, "net"])["test_accuracy"].mean().unstack("net")
+    gaps = pd.DataFrame({net: means["NetA"] - means[net] for net in ("NetB", "NetC")})
+    return ", ".join(f"{line.NetB:.1f} and {line.NetC:.1f} at {value:,}" for value, line in gaps.iterrows())
 
-**What does a smaller budget cost? Batch norm's lead grows.** Its lead over layer and group norm is {leads}
-parameters; up to 34,918 every run of NetA is above all of the others'. From {width.index[-1]:,} parameters down to
-{width.index[0]:,}, NetA loses {losses["NetA"]:.1f} points, NetB {losses["NetB"]:.1f} and NetC {losses["NetC"]:.1f}.
-All budgets have the learning rates that were tuned for the largest, where the ten seeds of the first table are the
-better measure (n = 3 here, a point per run, no interval)."""
+
+def budget_text(rows):
+    """Markdown: figure and sentences on parameters, epochs and the optimizer's batch."""
+    width, epochs, sizes = rows[rows["study"] == "width"], rows[rows["study"] == "epochs"], batch_sizes(rows)
+    by_size = width.groupby(["net", "parameters"])["test_accuracy"].mean().unstack("net")
+    losses = {net: by_size[net].iloc[-1] - by_size[net].iloc[0] for net in NETS}
+    means = epochs.groupby(["net", "epochs"])[["test_accuracy", "train_accuracy"]].mean()
+    gains = {net: means["test_accuracy"][net, 40] - means["test_accuracy"][net, 20] for net in NETS}
+    trained = {net: f"{means['train_accuracy'][net, 40]:.1f}" for net in NETS}
+    by_batch = sizes.groupby(["net", "batch_size"])["test_accuracy"].mean()
+    small = {net: by_batch[net].loc[32:256] for net in NETS}
+    ranges = {net: f"{one.min():.1f} to {one.max():.1f}" for net, one in small.items()}
+    return f"""\
+![Accuracy by parameters, by epochs and by the optimizer's batch](img/budget.png)
+
+**What does a smaller budget cost? Batch norm's lead grows.** Its lead over layer and group norm, in points, is
+{leads_by(width, "parameters")} parameters; up to 34,918 every run of NetA is above all of the others'. From
+{by_size.index[-1]:,} parameters down to {by_size.index[0]:,}, NetA loses {losses["NetA"]:.1f} points, NetB
+{losses["NetB"]:.1f} and NetC {losses["NetC"]:.1f}.
+
+**Do the others catch up with more epochs? Not by 40.** The lead is {leads_by(epochs, "epochs")} epochs, with every run
+of NetA above all of the others' at each of these. From 20 to 40 epochs NetA gains {gains["NetA"]:.1f} points, NetB
+{gains["NetB"]:.1f} and NetC {gains["NetC"]:.1f}; by then layer and group norm fit the training images better than batch
+norm, {trained["NetB"]} and {trained["NetC"]} to {trained["NetA"]} %, and the test images worse.
+
+**And the optimizer's batch? Large ones cost layer and group norm more.** With the rates tuned again at 32 and 1,024
+images, one seed each, and interpolated between these and 500, batch norm's lead is {leads_by(sizes, "batch_size")}
+images. From 32 to 256 the means stay within {ranges["NetA"]} % for NetA, {ranges["NetB"]} for NetB and {ranges["NetC"]}
+for NetC. At 32 NetA's and NetB's best rates are the smallest of the four tried.
+
+Parameters and epochs have the learning rates that were tuned for the largest net and 20 epochs. At the published
+setting, which all three panels hold, the ten seeds of the first table are the better measure (n = 3 here, a point per
+run, no interval)."""
+
+
+def augment_effects(rows):
+    """Test and training accuracy of each net by weight decay and augmentation, a line for each of the two together."""
+    chosen = rows[rows["study"].isin(("main", "flip", "augment"))]
+    lines = []
+    for decay, augment in ((0.5, "none"), (0.1, "none"), (0.1, "flip"), (0.1, "flip+crop")):
+        own = chosen[(chosen["weight_decay"] == decay) & (chosen["augment"] == augment)]
+        means = own.groupby("net")[["test_accuracy", "train_accuracy"]].mean()
+        gaps = [means["test_accuracy"]["NetA"] - means["test_accuracy"][net] for net in ("NetB", "NetC")]
+        line = {"weight decay": f"{decay:g}", "augmentation": augment}
+        for net in NETS:
+            test, train = means.loc[net]
+            line[f"{net}: test, train less test"] = f"{test:.2f}, {train - test:.1f}"
+        line["NetA minus NetB, NetC"] = ", ".join(f"{gap:+.1f}" for gap in gaps)
+        lines.append(line | {"n": f"{len(own) // len(NETS)}"})
+    return pd.DataFrame(lines).set_index("weight decay")
+
+
+def augment_text(rows):
+    """Markdown: table and sentences on weight decay and augmentation."""
+    return f"""\
+**What do weight decay and augmentation do to batch norm's lead? They narrow it.** With little decay and no augmentation
+it is the largest, and so is the distance between training and test accuracy, in each net:
+
+{markdown(augment_effects(rows))}
+
+Accuracies in percent, at each net's learning rate. Where n is 10 the runs are those of the tables above."""
 
 
 def protections_text():
@@ -479,6 +546,10 @@ def decades_within(rates, accuracies, points=1.0):
     return ends[1] - ends[0]
 
 
+TUNING = """\
+Layer norm has fewer such rates than batch norm under all three optimizers if near means a point, under SGD alone if it
+means half a point, and under SGD and AdamW if it means two. Than group norm it has fewer in some of these cases, more
+in others."""
 SETTING = ["optimizer", "net", "learning_rate", "weight_decay"]
 OPTIMIZER_TITLES = {"sgd": "SGD", "adamw": "AdamW", "muon": "Muon"}
 CHANCE = 10.0  # percent, with ten classes
@@ -560,15 +631,21 @@ def decades_text(accuracies, rates):
 def plot_rate(rows):
     """Validation accuracy against the learning rate, the best weight decay at each: a panel per optimizer."""
     runs, grid = rate_runs(rows), rows[rows["study"] == "rate"]
-    figure, axes = plt.subplots(1, len(OPTIMIZER_TITLES), figsize=(11, 4.4), layout="constrained", sharey=True)
+    lines = [
+        (f"{net}, {norm}", runs[runs["net"] == net], utils.COLOURS[norm], ":" if norm == "none" else "-")
+        for net, norm in utils.NORM_OF.items()
+    ]
+    lines.append(("Net, none, He's initial weights", rows[rows["study"] == "initial"], "black", "--"))
+    figure, axes = plt.subplots(1, len(OPTIMIZER_TITLES), figsize=(11, 4.8), layout="constrained", sharey=True)
     figure.suptitle(
         "Accuracy on held-out images: three seeds and their mean, at the best weight decay; crosses: diverged"
     )
     for axis, (optimizer, title) in zip(axes, OPTIMIZER_TITLES.items(), strict=True):
-        for place, (net, norm) in enumerate(utils.NORM_OF.items()):
-            tried, own = (part[(part["optimizer"] == optimizer) & (part["net"] == net)] for part in (grid, runs))
-            line, colour = by_rate(own).reindex(sorted(tried["learning_rate"].unique())), utils.COLOURS[norm]
-            axis.plot(line.index, line, color=colour, label=f"{net}, {norm}", linestyle=":" if norm == "none" else "-")
+        tried = sorted(grid[grid["optimizer"] == optimizer]["learning_rate"].unique())
+        for place, (label, own, colour, style) in enumerate(lines):
+            own = own[own["optimizer"] == optimizer]
+            line = by_rate(own).reindex(tried)
+            axis.plot(line.index, line, color=colour, label=label, linestyle=style)
             axis.scatter(own["learning_rate"], own["validation_accuracy"], color=colour, s=12, alpha=0.6)
             crosses = line[line.isna()].index
             axis.scatter(crosses, [51 + 1.2 * place] * len(crosses), color=colour, marker="x", s=24)
@@ -576,8 +653,8 @@ def plot_rate(rows):
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy, %")
     bare = best_means(rows)["sgd", "Net"]
-    axes[0].text(0.03, 0.14, f"Net stays at {bare:.0f} %", transform=axes[0].transAxes, color="#555555")
-    axes[0].legend(frameon=False, loc="lower left", bbox_to_anchor=(0.2, 0.17))
+    axes[0].text(0.3, 0.03, f"Net stays at {bare:.0f} %", transform=axes[0].transAxes, color="#555555")
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=5)
     return figure
 
 
@@ -592,6 +669,8 @@ def rate_text(rows):
     best = best_means(rows).map("{:.1f}".format)
     theirs = {name: f"{best[name, 'NetB']} and {best[name, 'NetC']}" for name in OPTIMIZER_TITLES}
     grid = rows[rows["study"] == "rate"].groupby("optimizer")[["learning_rate", "weight_decay"]].nunique().max()
+    bare = means(rows[rows["study"] == "initial"], ["optimizer", "learning_rate"])
+    bare = bare.groupby("optimizer").max().map("{:.1f}".format)
     return f"""\
 **Is it the norm, or the optimizer?** Each pair of optimizer and net had the same trials on the held-out images:
 {grid["learning_rate"]} learning rates, half a decade apart, with each of {grid["weight_decay"]} weight decays, and at
@@ -602,16 +681,17 @@ no norm, stays at {best["sgd", "Net"]} %, which is chance, under SGD; it gets {b
 where layer and group norm get {theirs["adamw"]}, and {best["muon", "Net"]} under Muon, where they get {theirs["muon"]}.
 A reason that fits: with PyTorch's initial weights the signal of an image fades from layer to layer, until the logits of
 two images hardly differ, and the gradients with it. A step of SGD is as small as its gradient; how far AdamW and Muon
-step hardly depends on it. Not tested: other initial weights, float32, more epochs.
+step hardly depends on it. The test of that: from initial weights that keep the signal's size (He et al. 2015), all else
+alike, the control reaches {bare["sgd"]} % under SGD, {bare["adamw"]} under AdamW and {bare["muon"]} under Muon (n = 3,
+one weight decay an optimizer, the best rate at which no seed diverged). Not tested: float32, more epochs.
 
 **Is layer norm hard to tune? Not shown.** The measure here is how many decades of learning rates stay near the best:
 
 {markdown(rate_table(rows))}
 
 Accuracy on the held-out images, percent, mean of three seeds, 20 epochs without augmentation. A gradient beyond
-float16's range, 65,504 with the loss scaled by {utils.LOSS_SCALE}, counts as diverged. Under SGD and AdamW layer
-norm has fewer such rates than batch norm, whether near means half a point, one or two; under Muon it depends on which.
-Under none of them does it have fewer than group norm whatever near means."""
+float16's range, 65,504 with the loss scaled by {utils.LOSS_SCALE}, counts as diverged. {TUNING} The larger the rate,
+the smaller the best decay: at one decay for all rates each optimum would be narrower than this."""
 
 
 def optimizer_runs(rows):
@@ -639,14 +719,18 @@ def optimizer_table(rows):
 
 
 def differences_table(rows):
-    """What the nets differ by on the test set under each optimizer, and how these differences differ, by seed."""
+    """What the nets differ by on the test set under each optimizer, and how these differences differ, by seed.
+
+    A dash stands where a net has no ten seeds or learned nothing.
+    """
     accuracy = finished(rows)
+    learned = accuracy.columns[accuracy.mean() > CHANCE + 1]
     lines = []
     for first, second in (("NetA", "NetB"), ("NetA", "NetC"), *((net, "Net") for net in NETS)):
         gaps = {
             title: accuracy[optimizer, first] - accuracy[optimizer, second]
             for optimizer, title in OPTIMIZER_TITLES.items()
-            if {(optimizer, first), (optimizer, second)} <= set(accuracy)
+            if {(optimizer, first), (optimizer, second)} <= set(learned)
         }
         less = {f"{one} less Muon": one for one in ("SGD", "AdamW")}
         gaps |= {column: gaps[one] - gaps["Muon"] for column, one in less.items() if {one, "Muon"} <= set(gaps)}
@@ -669,8 +753,8 @@ def interval(differences):
 def optimizer_text(rows):
     """Markdown: the norms under each optimizer on the test set, and the differences of their differences."""
     return f"""\
-**The same on the test set,** ten seeds of each pair at its best setting; a dash where these are not there yet.
-Accuracy in percent, its standard deviation, and accuracy on the training images:
+**The same on the test set,** ten seeds of each pair at its best setting; a dash where they are not there or one net
+learned nothing. Accuracy in percent, its standard deviation, and accuracy on the training images:
 
 {markdown(optimizer_table(rows))}
 
@@ -697,7 +781,7 @@ def headline(rows):
     """Markdown: batch norm's lead under other optimizers, in some sentences and a figure."""
     gaps = differences_table(rows)
     ahead = {title: gaps.loc["NetA minus NetB", title] for title in reversed(OPTIMIZER_TITLES.values())}
-    tested = " and ".join(f"{points} under {title}" for title, points in ahead.items() if points != "-")
+    tested = ", ".join(f"{points} under {title}" for title, points in ahead.items() if points != "-")
     held_out = "".join(
         f" Under {title} only held-out images were scored yet, on which it is ahead of layer and group norm by "
         f"{leads(rows, optimizer)} (n = 3, no interval; their best weight decays are the largest tried)."
@@ -710,8 +794,8 @@ both tuned in equal trials for each optimizer and net, on held-out training imag
 {tested}
 (points on the test set, 95 % interval, n = 10).{held_out}
 The same network without a norm gets {finished(rows)["muon", "Net"].mean():.1f} % under Muon, NetB minus that being
-{gaps.loc["NetB minus Net", "Muon"]} points, and no run of it under SGD (three seeds) is above chance,
-{best_means(rows)["sgd", "Net"]:.0f} %.
+{gaps.loc["NetB minus Net", "Muon"]} points. Under SGD none of its runs is above chance,
+{best_means(rows)["sgd", "Net"]:.0f} %, unless its initial weights are changed.
 
 ![Accuracy on held-out images by learning rate, a panel for each of three optimizers](img/rate.png)"""
 
@@ -753,6 +837,7 @@ def report():
         "sweep-optimizer": optimizer_text(rows),
         "sweep-statistics": statistics_text(rows, inside),
         "sweep-axes": axes_text(rows),
+        "sweep-augment": augment_text(rows),
         "sweep-budget": budget_text(rows),
         "speed": speed_table(),
         "protections": protections_text(),

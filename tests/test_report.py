@@ -120,6 +120,10 @@ def swept():
         for net, name, rate, seed in itertools.product(utils.NORM_OF, report.OPTIMIZER_TITLES, (0.01, 0.1, 1.0), (1, 2))
         for decay in [0.5 if (name, rate) == ("sgd", 1.0) and net != "Net" else 0.0]
     ]
+    initial = [
+        run("initial", "Net", name, rate, 0.0, seed, validation_accuracy=70.0 + rate)
+        for name, rate, seed in itertools.product(report.OPTIMIZER_TITLES, (0.01, 0.1, 1.0), range(3))
+    ]
     final = []
     order = np.random.default_rng(0)
     for net, name in itertools.product(utils.NORM_OF, report.OPTIMIZER_TITLES):
@@ -128,7 +132,7 @@ def swept():
             score = 80 + lead.get((name, net), 0) + 0.1 * extra
             scores = {"test_accuracy": score, "train_accuracy": score + 10}
             final.append(run("optimizer", net, name, rate, 0.0, seed, **scores))
-    return pd.DataFrame(first + seeds + final)
+    return pd.DataFrame(first + seeds + initial + final)
 
 
 def rates(table, name, net):
@@ -196,6 +200,7 @@ def test_rate_plot_shows_the_best_decay_and_each_seed(swept):
     assert line.get_xdata().tolist() == [0.01, 0.1, 1.0]
     assert line.get_ydata().tolist() == [83, 85, 83]  # at 1.0 with a decay of 0.5
     points = figure.axes[0].collections[0].get_offsets()
+    assert figure.axes[2].lines[-1].get_ydata().tolist() == [70.01, 70.1, 71]  # other initial weights
     assert sorted(map(tuple, points)) == [(0.01, 83)] * 3 + [(0.1, 85)] * 3 + [(1.0, 83)] * 3
 
 
@@ -212,7 +217,7 @@ def test_a_setting_that_diverged_once_is_not_the_best(swept):
     assert rates(table, "sgd", "NetA").tolist()[2:4] == ["83.00", "at least 0.0"]
     assert rates(table, "muon", "NetC").tolist()[3:] == ["0.5", "0.5, 0.5, 0.5", "2 of 6"]
     crosses = report.plot_rate(rows).axes[2].collections
-    assert sum(len(one.get_offsets()) for one in crosses) == 3 * 11 + 1
+    assert sum(len(one.get_offsets()) for one in crosses) == 3 * 11 + 1 + 9  # 9 of other initial weights
     kept = report.optimizer_runs(rows)
     assert kept[(kept["net"] == "NetA") & (kept["optimizer"] == "sgd")].empty
     assert len(kept[(kept["net"] == "NetC") & (kept["optimizer"] == "sgd")]) == 10
