@@ -10,16 +10,20 @@ sys.path.insert(0, str(ROOT))
 import utils  # noqa: E402
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+
+
 @pytest.fixture(scope="session")
 def cpu():
     return torch.device("cpu")
 
 
-@pytest.fixture(params=["cpu", "cuda"])
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
     """A test with it runs on the CPU and, where there is one, on a CUDA GPU."""
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA GPU")
     return torch.device(request.param)
 
 

@@ -14,7 +14,7 @@ import study
 import utils
 from utils import Settings
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+pytestmark = pytest.mark.gpu
 SHORT = Settings(epochs=2, batch_size=500)
 
 

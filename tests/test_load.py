@@ -36,7 +36,7 @@ def test_two_hundred_runs(small, tmp_path):
     assert len(utils.read_rows(tmp_path / "runs.csv")) == 7  # the same seed replaces its row
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.gpu
 def test_gpu_memory_after_many_runs():
     data = utils.draw_stand_in(torch.device("cuda"))
     held = []
