@@ -13,6 +13,7 @@ from conftest import ROOT
 from scipy import stats
 
 import hubconf
+import models
 import report
 import study
 import utils
@@ -161,9 +162,9 @@ def test_prose_says_what_the_sweeps_do():
     width = sweep("width").groupby(["parameters", "net"])["test_accuracy"].mean().unstack("net")
     leads = width["NetA"] - width[["NetB", "NetC"]].max(axis=1)
     assert leads.is_monotonic_decreasing
-    runs = sweep("width").groupby(["net", "parameters"])["test_accuracy"]
-    for size in width.index[:-1]:
-        assert runs.min()["NetA", size] > max(runs.max()[net, size] for net in ("NetB", "NetC"))
+    assert leads.idxmax() == 9_410  # "In the smallest net"
+    normed = [width for name, width in zip(models.CONVOLUTIONS, study.WIDTHS[9_410], strict=True) if name[0] == "C"]
+    assert 2 * sum(width == 4 * 2 for width in normed) == len(normed)  # "Half of NetC's norms have only two channels"
     apart = width.iloc[-1] - MAIN[MAIN["seed"] < 3].groupby("net")["test_accuracy"].mean()  # on two kinds of GPU
     assert apart.abs().max() < 0.5
     falls = report.tuned(ROWS).max(axis=1) - report.tuned(ROWS).min(axis=1)
@@ -177,7 +178,8 @@ def test_prose_says_what_the_sweeps_do():
 def test_minutes_of_all_runs():
     seconds = [row.seconds for row in ROWS.itertuples() if "NVIDIA" in row.device]
     assert (
-        f"The {len(seconds)} runs on GPUs that `results/runs.csv` holds took {sum(seconds) / 60:.0f} minutes" in README
+        f"The {len(seconds):,} runs on GPUs that `results/runs.csv` holds took {sum(seconds) / 60:.0f} minutes"
+        in README
     )
 
 
@@ -212,7 +214,9 @@ def test_prose_says_what_the_sweeps_of_optimizers_do(real):
     assert control["validation_accuracy"].max() <= report.CHANCE + 0.5  # "stays at chance"
     above = report.means(runs[(runs["net"] == "Net") & (runs["optimizer"] == "muon")], ["learning_rate"])
     assert above.idxmax() == 0.03
-    assert above[0.1] <= report.CHANCE + 0.5  # the advice: half a decade above the best it learns nothing
+    grid = sweep("rate")
+    higher = grid[(grid["net"] == "Net") & (grid["optimizer"] == "muon") & (grid["learning_rate"] == 0.1)]
+    assert (len(higher), sum(higher["status"] == "diverged")) == (4, 3)  # as the advice says
     gaps = report.differences_table(ROWS)
     for pair in ("NetA minus NetB", "NetB minus Net"):  # "depends on the optimizer": the interval is above 0
         assert float(re.search(r"\((\S+) to", gaps.loc[pair, "AdamW less Muon"])[1]) > 0
@@ -248,17 +252,34 @@ def test_prose_on_tuning_holds_at_each_threshold():
                 fewer[points].add(optimizer)
             fewer_than_group.add(wide["NetB"] < wide["NetC"])
     assert fewer == {0.5: {"sgd"}, 1: {"sgd", "adamw", "muon"}, 2: {"sgd", "adamw"}}
-    assert fewer_than_group == {False, True}
+    table = report.rate_table(ROWS).reset_index().set_index(["optimizer", "net"])
+    for title in report.OPTIMIZER_TITLES.values():
+        number = {net: float(table.loc[title, net].iloc[3].split()[-1]) for net in ("NetA, batch", "NetB, layer")}
+        seeds = [float(text.split()[-1]) for text in table.loc[title, "NetA, batch"].iloc[4].split(",")]
+        assert max(seeds) - min(seeds) > number["NetA, batch"] - number["NetB, layer"]  # "seeds ... differ by more"
+    diverged = sweep("rate").groupby(["optimizer", "net"])["status"].agg(lambda status: (status == "diverged").sum())
+    more = {
+        optimizer for optimizer in report.OPTIMIZER_TITLES if diverged[optimizer]["NetB"] > diverged[optimizer]["NetA"]
+    }
+    assert more == {"sgd", "muon"}
 
 
-def test_prose_on_other_initial_weights():
+def test_prose_on_other_initial_weights(real):
     """What `report.rate_text` says of the study initial, by plain arithmetic."""
+    apart = []
+    for change in (lambda net: None, lambda net: study.draw_he(net, 0)):
+        net = utils.build("Net", utils.Settings(seed=0)).eval()
+        change(net)
+        apart.append(net(utils.standardise(real.test_images[:500])).std(0).mean().item())
+    assert 50_000 < apart[1] / apart[0] < 200_000  # "100,000 times"
     best = {}
     for (optimizer, _), own in sweep("initial").groupby(["optimizer", "learning_rate"]):
         assert len(own) == 3
         if (own["status"] == "done").all():
             best[optimizer] = max(best.get(optimizer, 0), sum(own["validation_accuracy"]) / 3)
     assert best["sgd"] > report.CHANCE + 50  # so the initial weights are what kept it there
+    beyond = sweep("initial").query("optimizer == 'adamw' and learning_rate == 0.03")
+    assert sorted(beyond["status"]) == ["diverged", "done", "done"]  # "two seeds of three"
     shown = f"reaches {best['sgd']:.1f} % under SGD, {best['adamw']:.1f} under AdamW and {best['muon']:.1f} under Muon"
     assert shown in " ".join(README.split())
 
@@ -272,8 +293,14 @@ def test_prose_on_epochs_batches_and_augmentation():
     sizes = report.batch_sizes(ROWS)
     assert set(sizes.groupby(["net", "batch_size"]).size()) == {3}
     by_batch = sizes.groupby(["net", "batch_size"])["test_accuracy"].mean()
-    falls = {net: by_batch[net][500] - by_batch[net][1024] for net in utils.NETS}
-    assert falls["NetA"] < 0.5 < min(falls["NetB"], falls["NetC"])  # "Large ones cost layer and group norm more"
+    for net in ("NetB", "NetC"):
+        assert by_batch[net][1024] < by_batch[net][500] - 0.5 < by_batch["NetA"][1024] - 0.5  # "fall behind"
+    for size in (128, 256):
+        assert abs(by_batch["NetA"][size] - by_batch["NetC"][size]) < 0.2  # "level with"
+    leads = [
+        means["NetA"] - means[net] for means in [MAIN.groupby("net")["test_accuracy"].mean()] for net in utils.NETS[1:]
+    ]
+    assert [f"{lead:.1f}" for lead in leads] == ["0.8", "0.7"]  # the first paragraph
     ends = sweep("batch-rate")[sweep("batch-rate")["batch_size"] == 32]
     at_edge = set()
     for net, own in ends.groupby("net"):
@@ -282,17 +309,44 @@ def test_prose_on_epochs_batches_and_augmentation():
         if best in (own["learning_rate"].min(), own["learning_rate"].max()):
             at_edge.add((net, best == own["learning_rate"].min()))
     assert at_edge == {("NetA", True), ("NetB", True)}
-    table = report.augment_effects(ROWS)
-    leads = [[float(lead) for lead in text.split(", ")] for text in table["NetA minus NetB, NetC"]]
-    assert max(range(4), key=lambda line: min(leads[line])) == 1  # little decay, no augmentation
-    for net in utils.NETS:
-        distances = [float(text.split(", ")[1]) for text in table[f"{net}: test, train less test"]]
-        assert max(distances) == distances[1]
+    shown, table = README[README.index("<!-- sweep-augment -->") :], []
     for decay, augment in ((0.5, "none"), (0.1, "none"), (0.1, "flip"), (0.1, "flip+crop")):
-        runs = ROWS[ROWS["study"].isin(["main", "flip", "augment"]) & (ROWS["net"] == "NetB")]
+        runs = ROWS[ROWS["study"].isin(["main", "flip", "augment"])]
         runs = runs[(runs["weight_decay"] == decay) & (runs["augment"] == augment)]
-        test, train = sum(runs["test_accuracy"]) / len(runs), sum(runs["train_accuracy"]) / len(runs)
-        assert f"| {test:.2f}, {train - test:.1f} |" in README
+        test, train = ({}, {})
+        for net in utils.NETS:
+            own = runs[runs["net"] == net]
+            test[net], train[net] = (sum(own[f"{split}_accuracy"]) / len(own) for split in ("test", "train"))
+        cells = [str(len(own)), *(f"{test[net]:.2f}, {train[net] - test[net]:.1f}" for net in utils.NETS)]
+        cells += [f"{test['NetA'] - test[net]:+.1f}" for net in ("NetB", "NetC")]
+        assert f"| {decay:g} | {augment} | {report.gpus(runs)} | {' | '.join(cells)} |" in shown
+        table.append([min(float(cell) for cell in cells[-2:]), *(train[net] - test[net] for net in utils.NETS)])
+    for column in zip(*table, strict=True):
+        assert max(column) == column[1]  # "With little decay and no augmentation"
+    assert 2 * max(table[0][0], table[2][0]) < table[1][0] + 0.3  # "halve it"
+
+
+@pytest.mark.parametrize(
+    ("name", "column"), [("width", "parameters"), ("epochs", "epochs"), ("batch-size", "batch_size")]
+)
+def test_leads_by_plain_sums(name, column):
+    """The small tables of batch norm's lead, run by run."""
+    scores = {}
+    for row in ROWS.itertuples():
+        published_batch = name == "batch-size" and row.study == "epochs" and row.epochs == 20
+        if row.study == name or published_batch:
+            scores.setdefault((row.net, getattr(row, column)), []).append(row.test_accuracy)
+    values = sorted({value for _, value in scores})
+    assert all(len(own) == 3 for own in scores.values())
+    for net in ("NetB", "NetC"):
+        leads = [sum(scores["NetA", value]) / 3 - sum(scores[net, value]) / 3 for value in values]
+        header = " | ".join(f"{value:,}" for value in values)
+        line = re.search(rf"{re.escape(header)} \|\n.*\n(?:.*\n)?\| NetA minus {net} \| (.*) \|\n", README)[1]
+        assert [float(lead) for lead in line.split(" | ")] == pytest.approx(leads, abs=0.0501)
+    for net in utils.NETS:  # and what the points and lines of the figure are
+        axis = report.plot_budget(ROWS).axes[list(report.BUDGETS).index(name)]
+        line = next(line for line in axis.lines if line.get_label().startswith(net))
+        assert line.get_ydata() == pytest.approx([sum(scores[net, value]) / 3 for value in values])
 
 
 def test_differences_by_optimizer_by_independent_arithmetic():
