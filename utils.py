@@ -13,6 +13,7 @@ import hashlib
 import math
 import os
 import pickle
+import shutil
 import socket
 import subprocess
 import sys
@@ -111,7 +112,7 @@ def pick_device(name=None):
 
 
 def read_environment(device):
-    """The `Plan` that S8_SEEDS, S8_EPOCHS, S8_DATA, S8_OUT and S8_PUBLISH ask for.
+    """The `Plan` that S8_SEEDS, S8_EPOCHS, S8_DATA, S8_OUT and S8_PUBLISH ask for; makes its folders.
 
     On a GPU 3 seeds of 20 epochs, on a CPU 1 seed of 5 unless they say otherwise; ValueError for what can't be.
     """
@@ -164,7 +165,16 @@ def read_environment(device):
             raise ValueError(
                 f"{plan.out / name} can't be written ({error.strerror}); S8_OUT names the folder"
             ) from None
+    if not plan.publish:
+        copy_pictures(plan.folder("img"))
     return plan
+
+
+def copy_pictures(folder):
+    """Copy what the notebook shows of img/, beside this file, into `folder`; not the grids, which each run draws."""
+    for picture in (Path(__file__).parent / "img").glob("*.png"):
+        if picture.stem not in NORM_OF.values():
+            save(folder / picture.name, lambda temporary, picture=picture: shutil.copyfile(picture, temporary))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,7 +236,8 @@ def load_data(device, source="auto", root="data"):
     """CIFAR-10 on `device`, fetched into `root` when it is not there, or a stand-in that is drawn.
 
     source  "auto": the stand-in when CIFAR-10 is absent and can't be fetched; "cifar10": OSError then;
-            "synthetic": the stand-in. A damaged file that can't be fetched anew is an OSError that names it.
+            "synthetic": the stand-in. A damaged file that can't be fetched anew is an OSError that names it, and
+            so is a file that is missing beside others.
     """
     if source not in ("auto", "cifar10", "synthetic"):
         raise ValueError(f"data source is {source!r}; choose one of auto, cifar10, synthetic")
@@ -236,6 +247,8 @@ def load_data(device, source="auto", root="data"):
     folder = Path(root) / CIFAR10.base_folder
     files = {folder / name: md5 for name, md5 in CIFAR10.train_list + CIFAR10.test_list}
     if not all(check_integrity(path, md5) for path, md5 in files.items()):
+        absent = [path for path in files if not path.exists()]
+        partly = 0 < len(absent) < len(files)
         files[Path(root) / CIFAR10.filename] = CIFAR10.tgz_md5
         damaged = [path for path, md5 in files.items() if path.exists() and not check_integrity(path, md5)]
         try:
@@ -244,6 +257,8 @@ def load_data(device, source="auto", root="data"):
             if damaged:
                 said = f"{damaged[0]} is damaged (its MD5 is wrong): delete it, then {HOW_TO_GET_CIFAR10}"
                 raise OSError(said) from None
+            if partly:
+                raise OSError(f"{absent[0]} is missing, others are there: {HOW_TO_GET_CIFAR10}") from None
             if source == "cifar10":
                 said = f"CIFAR-10 is not in {root}/ and can't be fetched ({error}): {HOW_TO_GET_CIFAR10}"
                 raise OSError(said) from None
@@ -847,7 +862,8 @@ def identity(net, data, settings):
         "data": data.name,
         "split": data.split,
         "train_images": len(data.images),
-        "sum of the pixels": data.images.sum().item(),
+        # Eight bytes at a time: one at a time they would be copied to a type of eight bytes first.
+        "sum of the pixels": data.images.flatten().view(torch.int64).sum().item(),
         "sum of the labels, each times its place": (data.labels * places).sum().item(),
     }
     # NumPy's numbers, which sweeps hand over, can't be read back from a checkpoint.

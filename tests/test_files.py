@@ -82,10 +82,11 @@ def test_damage_is_named_with_a_way_out(few, cpu, damage, source):
     assert path.exists()
 
 
-def test_a_missing_file_is_not_called_damaged(few, cpu, capsys):
+@pytest.mark.parametrize("source", ["auto", "cifar10"])
+def test_a_file_is_missing_beside_others(few, cpu, source):
     (few / "data_batch_3").unlink()
-    assert not utils.load_data(cpu, "auto", few.parent).real
-    assert "can't be fetched (no network)" in capsys.readouterr().out
+    with pytest.raises(OSError, match="data_batch_3 is missing, others are there: download"):
+        utils.load_data(cpu, source, few.parent)
 
 
 @pytest.fixture

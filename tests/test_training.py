@@ -295,6 +295,9 @@ def test_environment(environment, cpu, tmp_path):
     plan = utils.read_environment(cpu)
     assert (plan.seeds, plan.epochs, plan.data, plan.out) == ((0, 1), 7, "cifar10", tmp_path / "a b")
     assert not (tmp_path / "out").exists()
+    shown = {picture.name: picture.read_bytes() for picture in (tmp_path / "a b" / "img").iterdir()}
+    assert shown["chain.png"] == (ROOT / "img" / "chain.png").read_bytes()
+    assert not {"batch.png", "layer.png", "group.png"} & set(shown)  # each run draws its own
 
 
 def test_publishing(environment, cpu):
