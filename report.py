@@ -689,7 +689,7 @@ def plot_rate(rows):
         panel.grid(alpha=0.3)
         strip.set(xlabel="learning rate", yticks=[], ylim=(-len(kinds), 1))
     panels[0].set_ylabel("accuracy, %")
-    strips[0].set_ylabel(f"diverged,\nor < {2 * CHANCE:.0f} %", fontsize=8)
+    strips[0].set_ylabel(f"diverged,\nor < {2 * CHANCE:.0f} %", rotation=0, ha="right", va="center")
     figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=5)
     return figure
 
@@ -800,7 +800,11 @@ def optimizer_text(rows):
     here, there = finished(rows)["muon", "NetC"], main.set_index("seed")["test_accuracy"]
     kinds = runs.groupby(["optimizer", "net"]).apply(gpus)
     devices = "; ".join(
-        f"under {title} " + ", ".join(f"{' and '.join(own.index)} on {kind}" for kind, own in nets.groupby(nets))
+        f"under {title} "
+        + ", ".join(
+            f"{'all' if len(own) == len(nets) else ' and '.join(own.index)} on {kind}"
+            for kind, own in nets.groupby(nets)
+        )
         for title, nets in ((title, kinds[optimizer]) for optimizer, title in OPTIMIZER_TITLES.items())
     )
     tried = rows[rows["study"] == "optimizer"]

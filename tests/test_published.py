@@ -233,7 +233,9 @@ def test_prose_says_what_the_sweeps_of_optimizers_do(real):
     best = pd.DataFrame(report.best_decays(ROWS), columns=report.SETTING)
     best = best.merge(runs.groupby(report.SETTING, as_index=False)["validation_accuracy"].mean())
     for _, own in best[(best["net"] != "Net") & (best["validation_accuracy"] > 20)].groupby(["optimizer", "net"]):
-        assert own.sort_values("learning_rate")["weight_decay"].is_monotonic_decreasing  # "the smaller the best decay"
+        decays = own.sort_values("learning_rate")["weight_decay"]
+        assert decays.is_monotonic_decreasing  # "the best decay falls or stays as the rate grows"
+        assert decays.iloc[0] == study.DECAYS[own["optimizer"].iloc[0]][-1]  # "the largest that was tried"
 
 
 def test_prose_on_tuning_holds_at_each_threshold():
