@@ -328,6 +328,30 @@ def test_prose_on_epochs_batches_and_augmentation():
     assert 2 * max(table[0][0], table[2][0]) < table[1][0] + 0.3  # "halve it"
 
 
+def test_sentences_on_budgets_by_plain_sums():
+    """What is gained and lost by parameters, epochs and batches."""
+
+    def mean(name, net, which, **setting):
+        own = [row for row in ROWS.itertuples() if (row.study, row.net) == (name, net)]
+        values = [getattr(row, which) for row in own if all(getattr(row, key) == at for key, at in setting.items())]
+        return sum(values) / len(values)
+
+    text, test = " ".join(README.split()), "test_accuracy"
+    lost = [
+        mean("width", net, test, parameters=48_042) - mean("width", net, test, parameters=9_410) for net in utils.NETS
+    ]
+    assert f"NetA loses {lost[0]:.1f} points, NetB {lost[1]:.1f} and NetC {lost[2]:.1f}." in text
+    gained = [mean("epochs", net, test, epochs=40) - mean("epochs", net, test, epochs=20) for net in utils.NETS]
+    assert f"NetA gains {gained[0]:.1f} points, NetB {gained[1]:.1f} and NetC {gained[2]:.1f};" in text
+    trained = [mean("epochs", net, "train_accuracy", epochs=40) for net in utils.NETS]
+    assert f"{trained[1]:.1f} and {trained[2]:.1f} to {trained[0]:.1f} %, and the test images worse" in text
+    ranges = []
+    for net in utils.NETS:
+        means = [mean("batch-size", net, test, batch_size=size) for size in (32, 64, 128, 256)]
+        ranges.append(f"{min(means):.1f} to {max(means):.1f}")
+    assert f"stay within {ranges[0]} % for NetA, {ranges[1]} for NetB and {ranges[2]} for NetC." in text
+
+
 @pytest.mark.parametrize(
     ("name", "column"), [("width", "parameters"), ("epochs", "epochs"), ("batch-size", "batch_size")]
 )
