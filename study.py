@@ -161,7 +161,11 @@ RATES = {
     "adamw": (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1),
     "muon": (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
 }
-DECAYS = {"sgd": (0.0, 0.0005, 0.005, 0.015), "adamw": (0.01, 0.1, 1.0, 3.0), "muon": (0.05, 0.5, 1.5, 5.0)}
+DECAYS = {
+    "sgd": (0.0, 0.0005, 0.005, 0.015, 0.05),
+    "adamw": (0.01, 0.1, 1.0, 3.0, 10.0),
+    "muon": (0.05, 0.5, 1.5, 5.0, 15.0),
+}
 MOMENTUM = {"sgd": 0.9, "adamw": 0.9, "muon": Settings.momentum}
 STATISTICS = (2, 4, 8, 16, 32, "")  # images; "": the whole batch, 512 here, which they divide
 WIDTHS = {  # parameters: output channels
@@ -182,7 +186,7 @@ def jobs(nets, seeds, changes=({},), variants=({},)):
 
 def tune(rows):
     rates = [{"learning_rate": rate} for rate in (0.015, 0.03, 0.06, 0.12)]
-    decays = [{"weight_decay": decay, "augment": "flip+crop"} for decay in (0.1, 0.2, 0.5)]
+    decays = [{"weight_decay": decay, "augment": "flip+crop"} for decay in (0.05, 0.1, 0.2, 0.5)]
     return jobs(NETS, 2, rates + decays)
 
 
@@ -239,7 +243,7 @@ def batch(rows):
 
 def batch_rate(rows):
     """Learning rates at both ends of the optimizer's batch sizes, as multiples of the published ones; one seed."""
-    factors = {32: (1 / 16, 1 / 8, 1 / 4, 1 / 2), 1024: (1 / 2, 1, 2, 4)}
+    factors = {32: (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2), 1024: (1 / 2, 1, 2, 4)}
     return [
         Job(net, Settings(learning_rate=factor * LEARNING_RATES[net], batch_size=size))
         for size in factors
@@ -278,7 +282,9 @@ def epochs(rows):
 
 
 def flip(rows):
-    return jobs(NETS, 3, [{"weight_decay": AUGMENTED_WEIGHT_DECAY, "augment": name} for name in ("none", "flip")])
+    small = [{"weight_decay": AUGMENTED_WEIGHT_DECAY, "augment": name} for name in ("none", "flip")]
+    large = [{"weight_decay": 0.5, "augment": name} for name in ("flip", "flip+crop")]
+    return jobs(NETS, 3, small + large)
 
 
 # A study: the one whose rows it needs whole.

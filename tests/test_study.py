@@ -145,7 +145,7 @@ def test_studies_are_what_they_say():
     assert study.rate_seeds(rows) == study.optimizer(rows) == []  # until the study rate is finished
     per_pair = pd.Series([(job.net, job.optimizer) for job in study.rate(rows)]).value_counts()
     assert len(per_pair) == 12
-    assert set(per_pair) == {28}
+    assert set(per_pair) == {35}
     momenta = {job.optimizer: job.settings.momentum for job in study.rate(rows)}
     assert momenta == {"sgd": 0.9, "adamw": 0.9, "muon": utils.Settings.momentum}
     for parameters, widths in study.WIDTHS.items():
