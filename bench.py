@@ -131,7 +131,9 @@ class Fast:
         start = time.perf_counter()
         widths = tuple(width * channels for channels in models.WIDTHS)
         nets = [utils.build(name, settings, widths=widths) for _ in range(at_once)]
-        self.trainers = [utils.Trainer(net, data, settings, compile, capture) for net in nets]
+        self.trainers = [
+            utils.Trainer(net, data, settings, compile, capture, stream=number) for number, net in enumerate(nets)
+        ]
         synchronise(self.device)
         self.setup_seconds = time.perf_counter() - start
         self.steps = images // settings.batch_size

@@ -243,7 +243,7 @@ def batch(rows):
 
 def batch_rate(rows):
     """Learning rates at both ends of the optimizer's batch sizes, as multiples of the published ones; one seed."""
-    factors = {32: (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2), 1024: (1 / 2, 1, 2, 4)}
+    factors = {32: (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2), 1024: (1 / 2, 1, 2, 4)}
     return [
         Job(net, Settings(learning_rate=factor * LEARNING_RATES[net], batch_size=size))
         for size in factors
@@ -388,8 +388,8 @@ def run_together(study, todo, data, compile):
     clock = time.perf_counter()
     nets = [job.build() for job in todo]
     trainers = [
-        utils.Trainer(net, data, job.settings, compile=one, optimizer=OPTIMIZERS[job.optimizer])
-        for net, job, one in zip(nets, todo, compile, strict=True)
+        utils.Trainer(net, data, job.settings, compile=one, optimizer=OPTIMIZERS[job.optimizer], stream=number)
+        for number, (net, job, one) in enumerate(zip(nets, todo, compile, strict=True))
     ]
     for _ in itertools.zip_longest(*map(epochs_of, trainers)):
         pass  # a step of each in turn: all of an epoch would fill the GPU's queue, and the other nets would wait

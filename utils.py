@@ -619,6 +619,12 @@ def keep_memory():
             libc.mallopt(-1, 2**31 - 1)
 
 
+@functools.cache
+def stream_of(device, number):
+    """The CUDA stream of that number, always the same: cuBLAS keeps 64 MiB for each stream that it has ever met."""
+    return torch.cuda.Stream(device)
+
+
 STATE = ("net", "momenta", "now", "mirrored images", "generator")  # of a Trainer, in a checkpoint
 
 
@@ -630,9 +636,10 @@ class Trainer:
     working copy in `dtype` computes logits and gradients. ValueError when a batch is larger than the training split.
 
     optimizer  makes one as Muon(net, rate, weight_decay, momentum, dtype) does; the rate is a tensor that changes
+    stream     number of the CUDA stream: nets that are to train at the same time need one each
     """
 
-    def __init__(self, net, data, settings, compile=False, capture=True, optimizer=Muon):
+    def __init__(self, net, data, settings, compile=False, capture=True, optimizer=Muon, stream=0):
         torch.backends.cudnn.deterministic = True  # costs nothing measurable in float16
         device = data.images.device
         if device.type == "cpu":
@@ -659,7 +666,7 @@ class Trainer:
         self.diverged = torch.zeros((), device=device)  # 1 from the first step on whose gradients are not finite
         self.optimizer.found_inf = self.diverged
         self.unscale = torch.full((), 1 / LOSS_SCALE, device=device)
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream = stream_of(device, stream) if device.type == "cuda" else None
         self.on_stream = functools.partial(torch.cuda.stream, self.stream) if self.stream else contextlib.nullcontext
         if compile and can_compile(device):
             self.loss = torch.compile(self.loss, dynamic=False)
