@@ -257,8 +257,9 @@ def advice(rows):
     others = [mean_of(rows, net, "batch")[0] for net in ("NetB", "NetC")]
     theirs = f"the others {min(others):.1f} to {max(others):.1f} (n = {n})"
     small = {net: mean_of(rows, net, "width", parameters=9410)[0] for net in NETS}
-    large = {net: mean_of(rows, net, "batch-size", batch_size=1024)[0] for net in NETS}
-    level = [mean_of(rows, net, "batch-size", batch_size=size)[0] for net in ("NetA", "NetC") for size in (128, 256)]
+    by_batch = batch_sizes(rows).groupby(["net", "batch_size"])["test_accuracy"].mean()
+    ahead = pd.concat([by_batch["NetA"] - by_batch[net] for net in ("NetB", "NetC")], axis=1)
+    usual, large = ahead.loc[32:500].to_numpy(), ahead.loc[1024]
     one, several = (mean_of(rows, "NetC", "groups", groups=groups)[0] for groups in ("C", "4"))
     gaps, bare = differences_table(rows), finished(rows)["muon", "Net"].mean()
     lines = [
@@ -278,14 +279,10 @@ def advice(rows):
             f"{min(others):.1f} to {max(others):.1f} %, batch norm {two:.1f} (n = {n})",
         ),
         (
-            "an optimizer batch of 128 or 256 images",
-            "batch or group norm",
-            f"{min(level):.1f} to {max(level):.1f} % (n = 3)",
-        ),
-        (
-            "an optimizer batch of 1,024 images",
+            "any optimizer batch of 32 to 1,024 images",
             "batch norm",
-            f"{large['NetA']:.1f} %, layer norm {large['NetB']:.1f}, group norm {large['NetC']:.1f} (n = 3)",
+            f"in the means {usual.min():.1f} to {usual.max():.1f} points ahead up to 500 images, "
+            f"{large.min():.1f} and {large.max():.1f} with 1,024 (n = 3)",
         ),
         (
             "AdamW instead of Muon",
@@ -297,7 +294,7 @@ def advice(rows):
             "Muon, and reasons against any norm",
             "none",
             f"{bare:.1f} %; batch norm is {gaps.loc['NetA minus Net', 'Muon']} points ahead (95 % interval, n = 10); "
-            "half a decade above its best learning rate it diverges with three of four weight decays",
+            "half a decade above its best learning rate it diverges or learns nothing, whatever the weight decay",
         ),
         (
             "very few parameters",
@@ -425,9 +422,27 @@ def three_seeds(rows):
     return rows[(rows["study"] == "epochs") & (rows["epochs"] == utils.Settings.epochs)]
 
 
+BATCH_SIZES = (32, 64, 128, 256, 1024)  # images, besides the published batch
+
+
+def batch_rates(rows):
+    """Learning rate by (net, optimizer's batch): at both ends the best of batch-rate, between them interpolated."""
+    accuracy = means(rows[rows["study"] == "batch-rate"], ["net", "batch_size", "learning_rate"]).dropna()
+    ends = {(net, int(size)): float(rate) for net, size, rate in accuracy.groupby(["net", "batch_size"]).idxmax()}
+    low, middle, high = BATCH_SIZES[0], utils.Settings.batch_size, BATCH_SIZES[-1]
+    found = {}
+    for net, size in itertools.product(NETS, BATCH_SIZES):
+        rates = [ends[net, low], utils.LEARNING_RATES[net], ends[net, high]]
+        rate = np.exp(np.interp(np.log(size), np.log([low, middle, high]), np.log(rates)))
+        found[net, size] = float(f"{rate:.3g}")
+    return found
+
+
 def batch_sizes(rows):
-    """The runs by the optimizer's batch: those of batch-size, and `three_seeds` of the published batch."""
-    return pd.concat([rows[rows["study"] == "batch-size"], three_seeds(rows)])
+    """The runs by the optimizer's batch: those of batch-size at `batch_rates`, `three_seeds` of the published batch."""
+    tried, rates = rows[rows["study"] == "batch-size"], batch_rates(rows)
+    keys = zip(tried["net"], tried["batch_size"], tried["learning_rate"], strict=True)
+    return pd.concat([tried[[rate == rates[net, size] for net, size, rate in keys]], three_seeds(rows)])
 
 
 BUDGETS = {  # study: its column, what that is, the runs
@@ -485,6 +500,10 @@ def budget_text(rows):
     trained = {net: f"{epochs['train_accuracy'][net, 40]:.1f}" for net in NETS}
     ranges = {net: f"{by_batch[net].loc[32:256].min():.1f} to {by_batch[net].loc[32:256].max():.1f}" for net in NETS}
     least, most = by_parameters["NetA"].index[[0, -1]]
+    tried = rows[rows["study"] == "batch-size"]
+    replaced = tried.drop(batch_sizes(rows).index, errors="ignore")
+    before = replaced.groupby(["net", "batch_size"])["test_accuracy"].mean()
+    was = before["NetA"] - before["NetC"]
     return f"""\
 ![Accuracy by parameters, by epochs and by the optimizer's batch](img/budget.png)
 
@@ -501,16 +520,16 @@ others' at each number of epochs. From 20 to 40 NetA gains {gains["NetA"]:.1f} p
 
 {leads["epochs"]}
 
-**And the optimizer's batch? With 128 or 256 images batch and group norm can't be told apart; with 1,024 group and layer
-norm fall behind.** The learning rate was tuned again at 32 and at 1,024 images (one seed), and interpolated for sizes
-between. From 32 to 256 images the means stay within {ranges["NetA"]} % for NetA, {ranges["NetB"]} for NetB and
-{ranges["NetC"]} for NetC. Points of lead:
+**And the optimizer's batch? Batch norm's mean is ahead at every size, and furthest with 1,024 images.** The learning
+rate was tuned again at 32 and at 1,024 images (one seed), and interpolated for sizes between. From 32 to 256 images the
+means stay within {ranges["NetA"]} % for NetA, {ranges["NetB"]} for NetB and {ranges["NetC"]} for NetC. Points of lead:
 
 {leads["batch-size"]}
 
 With 1,024 images there are half as many steps as with 500 and, at the same learning rate, half the weight decay an
-epoch; neither was corrected for, so what happens there need not be the batch itself. With 32, NetA's and NetB's best
-rates are the smallest of the four that were tried.
+epoch; neither was corrected for, so what happens there need not be the batch itself. The rates matter: before smaller
+ones were tried at 32, the best were two to four times as large, and with what was interpolated from those
+({len(replaced)} runs, left out here) NetA's lead over NetC was {was[128]:+.1f} at 128 and {was[256]:+.1f} at 256.
 
 Of all three, n = 3 and no interval. The learning rates by parameters and by epochs are those tuned for the largest net
 and 20 epochs. The published setting is in each panel; its better measure are the ten seeds of the first table."""
@@ -520,7 +539,7 @@ def augment_effects(rows):
     """Test and training accuracy of each net by weight decay and augmentation, a line for each of the two together."""
     chosen = rows[rows["study"].isin(("main", "flip", "augment"))]
     lines = []
-    for decay, augment in ((0.5, "none"), (0.1, "none"), (0.1, "flip"), (0.1, "flip+crop")):
+    for augment, decay in itertools.product(("none", "flip", "flip+crop"), (0.1, 0.5)):
         own = chosen[(chosen["weight_decay"] == decay) & (chosen["augment"] == augment)]
         accuracy = own.groupby("net")[["test_accuracy", "train_accuracy"]].mean()
         line = {"weight decay": f"{decay:g}", "augmentation": augment, "GPU": gpus(own), "n": len(own) // len(NETS)}
@@ -535,14 +554,16 @@ def augment_effects(rows):
 
 def augment_text(rows):
     """Markdown: table and sentences on weight decay and augmentation."""
-    held_out = tuned(rows, "weight_decay", "flip+crop")[0.5]
-    both = " and ".join(f"{held_out['NetA'] - held_out[net]:+.1f}" for net in ("NetB", "NetC"))
+    table = augment_effects(rows)
+    both = table[(table.index == "0.5") & (table["augmentation"] != "none")]
+    both = both[["NetA minus NetB", "NetA minus NetC"]].to_numpy()
     return f"""\
 **What do weight decay and augmentation do to batch norm's lead?** With little decay and no augmentation it is the
 largest, and so is the distance between training and test accuracy, in each net. From there, either more decay or flips
-halve it in the means (on the held-out images, n = 2, decay 0.5 with flips and crops leaves {both}):
+halve it in the means; both together leave {min(both.flat, key=float)} to {max(both.flat, key=float)} points of it, but
+with flips or crops each net gets as much or more with the smaller decay:
 
-{markdown(augment_effects(rows))}
+{markdown(table)}
 
 Accuracies in percent, at each net's learning rate. Where n is 10 the runs are those of the tables above."""
 
@@ -727,10 +748,10 @@ A reason that fits: with PyTorch's initial weights the signal of an image fades 
 two images hardly differ, and the gradients with it. A step of SGD is as small as its gradient; how far AdamW and Muon
 step hardly depends on it. So the control was trained from other initial weights as well (He et al. 2015), with which
 the logits of two images differ far more: from these it reaches {redrawn["sgd"]} % under SGD,
-{redrawn["adamw"]} under AdamW and {redrawn["muon"]} under Muon (n = 3; with one weight decay instead of four, at the
-last learning rate at which no seed diverged, so the best may lie beyond: under AdamW two seeds of three reach {beyond}
-one rate higher). The initial weights kept it at chance, then; that they do it by the size of the gradient is not shown.
-Not tested: float32, more epochs for the control, the other nets from these weights.
+{redrawn["adamw"]} under AdamW and {redrawn["muon"]} under Muon (n = 3; with one weight decay instead of
+{grid["weight_decay"]}, at the last learning rate at which no seed diverged, so the best may lie beyond: under AdamW two
+seeds of three reach {beyond} one rate higher). The initial weights kept it at chance, then; that they do it by the
+size of the gradient is not shown. Not tested: float32, more epochs for the control, the other nets from these weights.
 
 **Is layer norm hard to tune? Not shown.** The measure here is how many decades of learning rates stay near the best:
 
@@ -741,7 +762,8 @@ float16's range, 65,504 with the loss scaled by {utils.LOSS_SCALE}, counts as di
 norm's range is narrower than batch norm's under all three optimizers if near means a point, under SGD alone if it means
 half a point, and under SGD and AdamW if it means two; but seeds of one net differ by more than the two nets do. It
 diverged more often than batch norm under SGD and Muon. In the nets with a norm, where they learn, the best decay falls
-or stays as the rate grows; at the smallest rates it is the largest that was tried, so the optima may be wider there."""
+or stays as the rate grows; at the smallest rates it is mostly the largest that was tried, so the optima may be wider
+there."""
 
 
 def optimizer_runs(rows):
@@ -802,26 +824,10 @@ def interval(differences):
 
 def optimizer_text(rows):
     """Markdown: the norms under each optimizer on the test set, and the differences of their differences."""
-    runs, main = optimizer_runs(rows), rows[(rows["study"] == "main") & (rows["net"] == "NetC")]
-    here, there = finished(rows)["muon", "NetC"], main.set_index("seed")["test_accuracy"]
-    kinds = runs.groupby(["optimizer", "net"]).apply(gpus)
-    devices = "; ".join(
-        f"under {title} "
-        + ", ".join(
-            f"{'all' if len(own) == len(nets) else ' and '.join(own.index)} on {kind}"
-            for kind, own in nets.groupby(nets)
-        )
-        for title, nets in ((title, kinds[optimizer]) for optimizer, title in OPTIMIZER_TITLES.items())
-    )
-    tried, best = rows[rows["study"] == "optimizer"], best_settings(rows)
-    left = tried[[setting not in best for setting in tried[SETTING].itertuples(index=False, name=None)]]
-    published = rows[(rows["study"] == "width") & (rows["parameters"] == 48_042)]
-    published = pd.concat([published, three_seeds(rows)])
-    accuracy = published.groupby(["study", "net"])["test_accuracy"].mean()
-    leads_on = " and ".join(
-        f"{accuracy[study, 'NetA'] - accuracy[study, 'NetB']:.1f} points on an {gpus(own)}"
-        for study, own in published.groupby("study")
-    )
+    here, main = finished(rows)["muon", "NetC"], rows[(rows["study"] == "main") & (rows["net"] == "NetC")]
+    earlier = rows[rows["study"] == "optimizer-h200"]
+    chosen = pd.DataFrame(best_settings(rows), columns=SETTING)
+    there = earlier.merge(chosen, on=SETTING).pivot(index="seed", columns=["optimizer", "net"], values="test_accuracy")
     return f"""\
 **The same on the test set,** ten seeds of each pair at its best setting. Accuracy in percent, its standard deviation,
 and accuracy on the training images:
@@ -836,11 +842,11 @@ learned nothing; on the right, how much larger they are under another optimizer 
 Where layer and group norm are further behind, they also fit the training images less: part of the lead may be training
 that 20 epochs don't finish. More epochs were not tried under SGD and AdamW.
 
-The GPUs: {devices}. A seed is another run on another kind of GPU: with three seeds of the published setting on each,
-batch norm's lead over layer norm is {leads_on}. NetC's best setting under Muon is the published one, too, where its ten
-seeds ran on an {gpus(main)}; here they score {utils.paired(here, there)} more. {len(left)} rows of the study that are
-left out ({" and ".join(sorted(set(left["net"])))} under Muon) are at what was best before larger weight decays were
-tried."""
+All of these ran on an {gpus(optimizer_runs(rows))}. A seed is another run on another kind of GPU, so what ran on an
+{gpus(earlier)} before (`optimizer-h200` in the rows) is a repetition: there NetA minus NetB was
+{interval(there["adamw", "NetA"] - there["adamw", "NetB"])} points under AdamW, and NetA minus Net
+{interval(there["muon", "NetA"] - there["muon", "Net"])} under Muon. NetC's best setting under Muon is the published
+one, too; here it scores {utils.paired(here, main.set_index("seed")["test_accuracy"])} more than in the first table."""
 
 
 def minutes_text(rows):
@@ -861,7 +867,7 @@ def headline(rows):
 **Batch norm's lead depends on the optimizer.** All of the above is under Muon, at one weight decay and the best of four
 learning rates. With both tuned in equal trials for each optimizer and net, on the held-out images, batch norm is ahead
 of layer norm by {ahead["Muon"]} points under Muon, {ahead["AdamW"]} under AdamW and {ahead["SGD"]} under SGD (test set,
-95 % interval, n = 10; under Muon the two nets ran on two kinds of GPU, see below).
+95 % interval, n = 10).
 The same network without a norm gets {finished(rows)["muon", "Net"].mean():.1f} % under Muon,
 layer norm minus no norm being {gaps.loc["NetB minus Net", "Muon"]} points; under SGD it stays at chance,
 {best_means(rows)["sgd", "Net"]:.0f} %, from PyTorch's initial weights, and learns from He's.

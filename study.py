@@ -19,7 +19,6 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -255,12 +254,11 @@ def batch_size(rows):
     """The optimizer's batch sizes, each end at its best rate, what lies between interpolated; none until those are."""
     if waits("batch-size", rows):
         return []
-    means = report.means(rows[rows["study"] == "batch-rate"], ["net", "batch_size", "learning_rate"])
-    found = []
-    for size, net in itertools.product((32, 64, 128, 256, 1024), NETS):
-        ends = [float(means[net, str(end)].idxmax()) for end in (32, 1024)]
-        rate = np.interp(np.log([size]), np.log([32, 500, 1024]), np.log([ends[0], LEARNING_RATES[net], ends[1]]))
-        found += jobs([net], 3, [{"batch_size": size, "learning_rate": float(f"{np.exp(rate[0]):.3g}")}])
+    found = [
+        job
+        for (net, size), rate in report.batch_rates(rows).items()
+        for job in jobs([net], 3, [{"batch_size": size, "learning_rate": rate}])
+    ]
     return sorted(found, key=lambda job: (job.settings.batch_size, job.settings.seed))  # alike ones at the same time
 
 

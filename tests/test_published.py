@@ -1,5 +1,6 @@
 """What is committed agrees with itself: README, notebook, rows, weights."""
 
+import itertools
 import json
 import re
 import shutil
@@ -216,9 +217,9 @@ def test_prose_says_what_the_sweeps_of_optimizers_do(real):
     assert above.idxmax() == 0.03
     grid = sweep("rate")
     higher = grid[(grid["net"] == "Net") & (grid["optimizer"] == "muon") & (grid["learning_rate"] == 0.1)]
-    assert (len(higher), sum(higher["status"] == "diverged")) == (4, 3)  # as the advice says
-    own = report.optimizer_runs(ROWS).query("optimizer == 'muon'").groupby("net").apply(report.gpus)
-    assert own["NetA"] != own["NetB"]  # "under Muon the two nets ran on two kinds of GPU"
+    assert len(higher) == 5  # "diverges or learns nothing, whatever the weight decay", as the advice says
+    assert not (higher["validation_accuracy"] > report.CHANCE + 0.5).any()
+    assert len(set(report.optimizer_runs(ROWS)["device"])) == 1  # "All of these ran on an"
     gaps = report.differences_table(ROWS)
     for pair in ("NetA minus NetB", "NetB minus Net"):  # "depends on the optimizer": the interval is above 0
         assert float(re.search(r"\((\S+) to", gaps.loc[pair, "AdamW less Muon"])[1]) > 0
@@ -230,14 +231,15 @@ def test_prose_says_what_the_sweeps_of_optimizers_do(real):
     logits = net(utils.standardise(real.test_images[:500]))
     assert logits.std(0).mean().item() < 5e-6  # "hardly differ"
     table = report.rate_table(ROWS)
-    edges = table[table["weight decay"].str.endswith("(largest tried)")]
-    assert [(title, line["net"]) for title, line in edges.iterrows()] == [("Muon", "NetB, layer")]  # the limits say so
+    assert not table["weight decay"].str.endswith("(largest tried)").any()  # or the limits would have to say so
     best = pd.DataFrame(report.best_decays(ROWS), columns=report.SETTING)
     best = best.merge(runs.groupby(report.SETTING, as_index=False)["validation_accuracy"].mean())
+    at_edge = []
     for _, own in best[(best["net"] != "Net") & (best["validation_accuracy"] > 20)].groupby(["optimizer", "net"]):
         decays = own.sort_values("learning_rate")["weight_decay"]
         assert decays.is_monotonic_decreasing  # "the best decay falls or stays as the rate grows"
-        assert decays.iloc[0] == study.DECAYS[own["optimizer"].iloc[0]][-1]  # "the largest that was tried"
+        at_edge.append(decays.iloc[0] == study.DECAYS[own["optimizer"].iloc[0]][-1])
+    assert sum(at_edge) == len(at_edge) - 1  # "mostly the largest that was tried"
 
 
 def test_prose_on_tuning_holds_at_each_threshold():
@@ -297,26 +299,24 @@ def test_prose_on_epochs_batches_and_augmentation():
     sizes = report.batch_sizes(ROWS)
     assert set(sizes.groupby(["net", "batch_size"]).size()) == {3}
     by_batch = sizes.groupby(["net", "batch_size"])["test_accuracy"].mean()
-    for net in ("NetB", "NetC"):
-        assert by_batch[net][1024] < by_batch[net][500] - 0.5 < by_batch["NetA"][1024] - 0.5  # "fall behind"
-    for size in (128, 256):
-        own = sizes[sizes["batch_size"] == size].pivot(index="seed", columns="net", values="test_accuracy")
-        low, high = stats.ttest_rel(own["NetA"], own["NetC"]).confidence_interval()
-        assert low < 0 < high  # "can't be told apart"
-        assert abs(by_batch["NetA"][size] - by_batch["NetC"][size]) < 0.2
+    ahead = pd.DataFrame({net: by_batch["NetA"] - by_batch[net] for net in ("NetB", "NetC")})
+    assert list(ahead.index) == [32, 64, 128, 256, 500, 1024]
+    assert ahead.min(axis=None) > 0.2  # "Batch norm's mean is ahead at every size"
+    assert set(ahead.idxmax()) == {1024}  # "furthest with 1,024 images"
     main = MAIN.groupby("net")["test_accuracy"].mean()
     low, high = sorted(main["NetA"] - main[net] for net in ("NetB", "NetC"))
     assert f"ahead of both others, by {low:.1f} to {high:.1f} points" in README
     ends = sweep("batch-rate")[sweep("batch-rate")["batch_size"] == 32]
-    at_edge = set()
-    for net, own in ends.groupby("net"):
-        assert len(own) == 4
+    for _, own in ends.groupby("net"):
+        assert len(own) == 6
         best = own.loc[own["validation_accuracy"].idxmax(), "learning_rate"]
-        if best in (own["learning_rate"].min(), own["learning_rate"].max()):
-            at_edge.add((net, best == own["learning_rate"].min()))
-    assert at_edge == {("NetA", True), ("NetB", True)}
-    shown, table = README[README.index("<!-- sweep-augment -->") :], []
-    for decay, augment in ((0.5, "none"), (0.1, "none"), (0.1, "flip"), (0.1, "flip+crop")):
+        assert own["learning_rate"].min() < best < own["learning_rate"].max()  # no edge to tell of
+    tried = sweep("batch-size")[sweep("batch-size")["batch_size"] == 32]
+    for _, own in tried.groupby("net"):
+        low, high = sorted(set(own["learning_rate"]))
+        assert 1.9 < high / low < 4.1  # "two to four times as large"
+    shown, leads, gaps, test_of = README[README.index("<!-- sweep-augment -->") :], {}, {}, {}
+    for decay, augment in itertools.product((0.1, 0.5), ("none", "flip", "flip+crop")):
         runs = ROWS[ROWS["study"].isin(["main", "flip", "augment"])]
         runs = runs[(runs["weight_decay"] == decay) & (runs["augment"] == augment)]
         test, train = {}, {}
@@ -326,14 +326,20 @@ def test_prose_on_epochs_batches_and_augmentation():
         cells = [str(len(own)), *(f"{test[net]:.2f}, {train[net] - test[net]:.1f}" for net in utils.NETS)]
         cells += [f"{test['NetA'] - test[net]:+.1f}" for net in ("NetB", "NetC")]
         assert f"| {decay:g} | {augment} | {report.gpus(runs)} | {' | '.join(cells)} |" in shown
-        table.append([min(float(cell) for cell in cells[-2:]), *(train[net] - test[net] for net in utils.NETS)])
-    for column in zip(*table, strict=True):
-        assert max(column) == column[1]  # "With little decay and no augmentation"
-    assert 2 * max(table[0][0], table[2][0]) < table[1][0] + 0.3  # "halve it"
-    held_out = sweep("tune").query("augment == 'flip+crop' and weight_decay == 0.5")
-    both = {net: sum(own["validation_accuracy"]) / 2 for net, own in held_out.groupby("net")}
-    said = f"leaves {both['NetA'] - both['NetB']:+.1f} and {both['NetA'] - both['NetC']:+.1f}):"
-    assert f"(on the held-out images, n = 2, decay 0.5 with flips and crops {said}" in " ".join(README.split())
+        leads[decay, augment] = cells[-2:]
+        gaps[decay, augment] = [train[net] - test[net] for net in utils.NETS]
+        test_of[decay, augment] = [test[net] for net in utils.NETS]
+    little = leads.pop((0.1, "none"))
+    for column in zip(*gaps.values(), strict=True):
+        assert max(column) == column[list(gaps).index((0.1, "none"))]  # "With little decay and no augmentation"
+    for one in ((0.5, "none"), (0.1, "flip")):
+        for lead, most in zip(leads[one], little, strict=True):
+            assert 0.4 < float(lead) / float(most) < 0.6  # "halve it"
+    both = sorted((cell for augment in ("flip", "flip+crop") for cell in leads[0.5, augment]), key=float)
+    assert f"both together leave {both[0]} to {both[-1]} points of it" in " ".join(README.split())
+    for augment in ("flip", "flip+crop"):  # "each net gets as much or more with the smaller decay"
+        for small, large in zip(test_of[0.1, augment], test_of[0.5, augment], strict=True):
+            assert round(small, 2) >= round(large, 2)
 
 
 def test_sentences_on_budgets_by_plain_sums():
@@ -341,7 +347,10 @@ def test_sentences_on_budgets_by_plain_sums():
 
     def mean(name, net, which, **setting):
         own = [row for row in ROWS.itertuples() if (row.study, row.net) == (name, net)]
-        values = [getattr(row, which) for row in own if all(getattr(row, key) == at for key, at in setting.items())]
+        own = [row for row in own if all(getattr(row, key) == at for key, at in setting.items())]
+        lowest = min(row.learning_rate for row in own)  # what is left of batch-size from before has higher ones
+        values = [getattr(row, which) for row in own if row.learning_rate == lowest]
+        assert len(values) == 3
         return sum(values) / len(values)
 
     text, test = " ".join(README.split()), "test_accuracy"
@@ -358,6 +367,11 @@ def test_sentences_on_budgets_by_plain_sums():
         means = [mean("batch-size", net, test, batch_size=size) for size in (32, 64, 128, 256)]
         ranges.append(f"{min(means):.1f} to {max(means):.1f}")
     assert f"stay within {ranges[0]} % for NetA, {ranges[1]} for NetB and {ranges[2]} for NetC." in text
+    old = sweep("batch-size")
+    old = old[old["learning_rate"] > old.groupby(["net", "batch_size"])["learning_rate"].transform("min")]
+    was = old.groupby(["batch_size", "net"])["test_accuracy"].mean().unstack()
+    apart = [f"{was['NetA'][size] - was['NetC'][size]:+.1f} at {size}" for size in (128, 256)]
+    assert f"({len(old)} runs, left out here) NetA's lead over NetC was {' and '.join(apart)}." in text
 
 
 @pytest.mark.parametrize(
@@ -369,7 +383,9 @@ def test_leads_by_plain_sums(name, column):
     for row in ROWS.itertuples():
         published_batch = name == "batch-size" and row.study == "epochs" and row.epochs == 20
         if row.study == name or published_batch:
-            scores.setdefault((row.net, getattr(row, column)), []).append(row.test_accuracy)
+            tried = scores.setdefault((row.net, getattr(row, column)), {})
+            tried.setdefault(row.learning_rate, []).append(row.test_accuracy)
+    scores = {key: tried[min(tried)] for key, tried in scores.items()}  # batch-size was run with higher rates before
     values = sorted({value for _, value in scores})
     assert all(len(own) == 3 for own in scores.values())
     for net in ("NetB", "NetC"):
