@@ -279,10 +279,10 @@ def advice(rows):
             f"{min(others):.1f} to {max(others):.1f} %, batch norm {two:.1f} (n = {n})",
         ),
         (
-            "any optimizer batch of 32 to 1,024 images",
+            "an optimizer batch of 32 to 1,024 images",
             "batch norm",
             f"in the means {usual.min():.1f} to {usual.max():.1f} points ahead up to 500 images, "
-            f"{large.min():.1f} and {large.max():.1f} with 1,024 (n = 3)",
+            f"{large.min():.1f} and {large.max():.1f} with 1,024 (six sizes, n = 3, not in every seed)",
         ),
         (
             "AdamW instead of Muon",
@@ -294,7 +294,7 @@ def advice(rows):
             "Muon, and reasons against any norm",
             "none",
             f"{bare:.1f} %; batch norm is {gaps.loc['NetA minus Net', 'Muon']} points ahead (95 % interval, n = 10); "
-            "half a decade above its best learning rate it diverges or learns nothing, whatever the weight decay",
+            "half a decade above its best learning rate it diverges or learns nothing at each of five weight decays",
         ),
         (
             "very few parameters",
@@ -422,27 +422,9 @@ def three_seeds(rows):
     return rows[(rows["study"] == "epochs") & (rows["epochs"] == utils.Settings.epochs)]
 
 
-BATCH_SIZES = (32, 64, 128, 256, 1024)  # images, besides the published batch
-
-
-def batch_rates(rows):
-    """Learning rate by (net, optimizer's batch): at both ends the best of batch-rate, between them interpolated."""
-    accuracy = means(rows[rows["study"] == "batch-rate"], ["net", "batch_size", "learning_rate"]).dropna()
-    ends = {(net, int(size)): float(rate) for net, size, rate in accuracy.groupby(["net", "batch_size"]).idxmax()}
-    low, middle, high = BATCH_SIZES[0], utils.Settings.batch_size, BATCH_SIZES[-1]
-    found = {}
-    for net, size in itertools.product(NETS, BATCH_SIZES):
-        rates = [ends[net, low], utils.LEARNING_RATES[net], ends[net, high]]
-        rate = np.exp(np.interp(np.log(size), np.log([low, middle, high]), np.log(rates)))
-        found[net, size] = float(f"{rate:.3g}")
-    return found
-
-
 def batch_sizes(rows):
-    """The runs by the optimizer's batch: those of batch-size at `batch_rates`, `three_seeds` of the published batch."""
-    tried, rates = rows[rows["study"] == "batch-size"], batch_rates(rows)
-    keys = zip(tried["net"], tried["batch_size"], tried["learning_rate"], strict=True)
-    return pd.concat([tried[[rate == rates[net, size] for net, size, rate in keys]], three_seeds(rows)])
+    """The runs by the optimizer's batch: those of batch-size, and `three_seeds` of the published batch."""
+    return pd.concat([rows[rows["study"] == "batch-size"], three_seeds(rows)])
 
 
 BUDGETS = {  # study: its column, what that is, the runs
@@ -500,10 +482,9 @@ def budget_text(rows):
     trained = {net: f"{epochs['train_accuracy'][net, 40]:.1f}" for net in NETS}
     ranges = {net: f"{by_batch[net].loc[32:256].min():.1f} to {by_batch[net].loc[32:256].max():.1f}" for net in NETS}
     least, most = by_parameters["NetA"].index[[0, -1]]
-    tried = rows[rows["study"] == "batch-size"]
-    replaced = tried.drop(batch_sizes(rows).index, errors="ignore")
-    before = replaced.groupby(["net", "batch_size"])["test_accuracy"].mean()
-    was = before["NetA"] - before["NetC"]
+    first = rows[rows["study"] == "batch-size-first"]
+    before = first.groupby(["net", "batch_size"])["test_accuracy"].mean()
+    was = ", ".join(f"{lead:+.1f}" for lead in before["NetA"] - before["NetC"])
     return f"""\
 ![Accuracy by parameters, by epochs and by the optimizer's batch](img/budget.png)
 
@@ -526,10 +507,11 @@ means stay within {ranges["NetA"]} % for NetA, {ranges["NetB"]} for NetB and {ra
 
 {leads["batch-size"]}
 
-With 1,024 images there are half as many steps as with 500 and, at the same learning rate, half the weight decay an
-epoch; neither was corrected for, so what happens there need not be the batch itself. The rates matter: before smaller
-ones were tried at 32, the best were two to four times as large, and with what was interpolated from those
-({len(replaced)} runs, left out here) NetA's lead over NetC was {was[128]:+.1f} at 128 and {was[256]:+.1f} at 256.
+With 1,024 images there are half as many steps as with 500. Weights decay at each step, in proportion to the learning
+rate: an epoch has half as much of it with 32 images as with 500, and with 1,024 again half for NetA and NetB. None of
+this was corrected for, so what happens need not be the batch itself. Before smaller rates were tried at 32, the best
+were two to four times as large; at those, and what was interpolated from them ({len(first)} runs, `batch-size-first`
+in the rows, with more decay an epoch), NetA's lead over NetC was {was} from 32 to 256 images.
 
 Of all three, n = 3 and no interval. The learning rates by parameters and by epochs are those tuned for the largest net
 and 20 epochs. The published setting is in each panel; its better measure are the ten seeds of the first table."""
@@ -560,8 +542,8 @@ def augment_text(rows):
     return f"""\
 **What do weight decay and augmentation do to batch norm's lead?** With little decay and no augmentation it is the
 largest, and so is the distance between training and test accuracy, in each net. From there, either more decay or flips
-halve it in the means; both together leave {min(both.flat, key=float)} to {max(both.flat, key=float)} points of it, but
-with flips or crops each net gets as much or more with the smaller decay:
+halve it in the means; both together, with crops or without, leave {min(both.flat, key=float)} to
+{max(both.flat, key=float)} points of it (n = 3), but then no net gains by the larger decay:
 
 {markdown(table)}
 
@@ -663,7 +645,8 @@ def rate_table(rows):
             line["accuracy"] = f"{by_rate(own).max():.2f}"
         if pair in best and by_rate(own).max() > CHANCE + 1:  # a point for luck
             rates, (rate, decay) = sorted(tried["learning_rate"].unique()), best[pair]
-            edge = " (largest tried)" if decay == tried["weight_decay"].max() else ""
+            ends = tried["weight_decay"].agg(["min", "max"])  # what could be beyond; not below 0
+            edge = " (at an edge)" if decay > 0 and decay in set(ends) else ""
             line |= {"learning rate": f"{rate:g}", "weight decay": f"{decay:g}{edge}"}
             line["decades of rates within a point"] = decades_text(by_rate(own), rates)
             line["of each seed"] = ", ".join(decades_text(by_rate(one), rates) for _, one in own.groupby("seed"))
@@ -741,14 +724,15 @@ def rate_text(rows):
 {grid["learning_rate"]} learning rates, half a decade apart, with each of {grid["weight_decay"]} weight decays, and at
 each rate two seeds more with the decay that was best, unless all had diverged. At the best of these batch norm leads
 layer and group norm by {leads(rows, "sgd")} points under SGD (with Nesterov momentum), {leads(rows, "adamw")} under
-AdamW and {leads(rows, "muon")} under Muon (n = 3 each, no interval). `Net`, the same network with scale and shift but
-no norm, stays at {best["sgd", "Net"]} %, which is chance, under SGD; it gets {best["adamw", "Net"]} % under AdamW,
-where layer and group norm get {theirs["adamw"]}, and {best["muon", "Net"]} under Muon, where they get {theirs["muon"]}.
+AdamW and {leads(rows, "muon")} under Muon (n = 3 each, no interval; of the decays the two
+largest ran on an H100, the others on an H200). `Net`, the same network with scale and shift but no norm, stays at
+{best["sgd", "Net"]} %, which is chance, under SGD; it gets {best["adamw", "Net"]} % under AdamW, where layer and group
+norm get {theirs["adamw"]}, and {best["muon", "Net"]} under Muon, where they get {theirs["muon"]}.
 A reason that fits: with PyTorch's initial weights the signal of an image fades from layer to layer, until the logits of
 two images hardly differ, and the gradients with it. A step of SGD is as small as its gradient; how far AdamW and Muon
 step hardly depends on it. So the control was trained from other initial weights as well (He et al. 2015), with which
 the logits of two images differ far more: from these it reaches {redrawn["sgd"]} % under SGD,
-{redrawn["adamw"]} under AdamW and {redrawn["muon"]} under Muon (n = 3; with one weight decay instead of
+{redrawn["adamw"]} under AdamW and {redrawn["muon"]} under Muon (n = 3; with one weight decay, not
 {grid["weight_decay"]}, at the last learning rate at which no seed diverged, so the best may lie beyond: under AdamW two
 seeds of three reach {beyond} one rate higher). The initial weights kept it at chance, then; that they do it by the
 size of the gradient is not shown. Not tested: float32, more epochs for the control, the other nets from these weights.
@@ -767,7 +751,7 @@ there."""
 
 
 def optimizer_runs(rows):
-    """The rows of the study optimizer at the settings that are best now, without those of a smaller grid."""
+    """The rows of the study optimizer at the settings that are best now, for the grid may have grown since."""
     chosen = pd.DataFrame(best_settings(rows), columns=SETTING)
     return rows[rows["study"] == "optimizer"].merge(chosen, on=SETTING)
 
@@ -828,6 +812,13 @@ def optimizer_text(rows):
     earlier = rows[rows["study"] == "optimizer-h200"]
     chosen = pd.DataFrame(best_settings(rows), columns=SETTING)
     there = earlier.merge(chosen, on=SETTING).pivot(index="seed", columns=["optimizer", "net"], values="test_accuracy")
+    published = rows[(rows["study"] == "width") & (rows["parameters"] == 48_042)]
+    published = pd.concat([published, three_seeds(rows)])
+    accuracy = published.groupby(["study", "net"])["test_accuracy"].mean()
+    leads_on = " and ".join(
+        f"{accuracy[study, 'NetA'] - accuracy[study, 'NetB']:.1f} points on an {gpus(own)}"
+        for study, own in published.groupby("study")
+    )
     return f"""\
 **The same on the test set,** ten seeds of each pair at its best setting. Accuracy in percent, its standard deviation,
 and accuracy on the training images:
@@ -845,8 +836,10 @@ that 20 epochs don't finish. More epochs were not tried under SGD and AdamW.
 All of these ran on an {gpus(optimizer_runs(rows))}. A seed is another run on another kind of GPU, so what ran on an
 {gpus(earlier)} before (`optimizer-h200` in the rows) is a repetition: there NetA minus NetB was
 {interval(there["adamw", "NetA"] - there["adamw", "NetB"])} points under AdamW, and NetA minus Net
-{interval(there["muon", "NetA"] - there["muon", "Net"])} under Muon. NetC's best setting under Muon is the published
-one, too; here it scores {utils.paired(here, main.set_index("seed")["test_accuracy"])} more than in the first table."""
+{interval(there["muon", "NetA"] - there["muon", "Net"])} under Muon (n = 10). NetB under Muon has no such runs at its
+best setting; at the published one, with three seeds, batch norm's lead over it is {leads_on}. NetC's best setting under
+Muon is the published one, too; here it scores {utils.paired(here, main.set_index("seed")["test_accuracy"])} more than
+in the first table."""
 
 
 def minutes_text(rows):

@@ -19,6 +19,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -254,11 +255,12 @@ def batch_size(rows):
     """The optimizer's batch sizes, each end at its best rate, what lies between interpolated; none until those are."""
     if waits("batch-size", rows):
         return []
-    found = [
-        job
-        for (net, size), rate in report.batch_rates(rows).items()
-        for job in jobs([net], 3, [{"batch_size": size, "learning_rate": rate}])
-    ]
+    means = report.means(rows[rows["study"] == "batch-rate"], ["net", "batch_size", "learning_rate"])
+    found = []
+    for size, net in itertools.product((32, 64, 128, 256, 1024), NETS):
+        ends = [float(means[net, str(end)].idxmax()) for end in (32, 1024)]
+        rate = np.interp(np.log([size]), np.log([32, 500, 1024]), np.log([ends[0], LEARNING_RATES[net], ends[1]]))
+        found += jobs([net], 3, [{"batch_size": size, "learning_rate": float(f"{np.exp(rate[0]):.3g}")}])
     return sorted(found, key=lambda job: (job.settings.batch_size, job.settings.seed))  # alike ones at the same time
 
 
@@ -285,6 +287,7 @@ def flip(rows):
     return jobs(NETS, 3, small + large)
 
 
+# results/runs.csv has two more, which ran before: optimizer-h200, on another GPU, batch-size-first, at higher rates.
 # A study: the one whose rows it needs whole.
 WAITS = {"rate-seeds": "rate", "optimizer": "rate-seeds", "batch-size": "batch-rate"}
 STUDIES = {

@@ -627,7 +627,7 @@ def keep_memory():
 
 @functools.cache
 def stream_of(device, number):
-    """The CUDA stream of that number, always the same: cuBLAS keeps 64 MiB for each stream that it has ever met."""
+    """The CUDA stream of that number, always the same: cuBLAS keeps memory for each it has met, 64 MiB on an H100."""
     return torch.cuda.Stream(device)
 
 
@@ -642,7 +642,7 @@ class Trainer:
     working copy in `dtype` computes logits and gradients. ValueError when a batch is larger than the training split.
 
     optimizer  makes one as Muon(net, rate, weight_decay, momentum, dtype) does; the rate is a tensor that changes
-    stream     number of the CUDA stream: nets that are to train at the same time need one each
+    stream     number of the CUDA stream: to overlap, nets that train at the same time need one each
     """
 
     def __init__(self, net, data, settings, compile=False, capture=True, optimizer=Muon, stream=0):

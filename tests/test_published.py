@@ -231,7 +231,7 @@ def test_prose_says_what_the_sweeps_of_optimizers_do(real):
     logits = net(utils.standardise(real.test_images[:500]))
     assert logits.std(0).mean().item() < 5e-6  # "hardly differ"
     table = report.rate_table(ROWS)
-    assert not table["weight decay"].str.endswith("(largest tried)").any()  # or the limits would have to say so
+    assert not table["weight decay"].str.endswith("(at an edge)").any()  # or the limits would have to say so
     best = pd.DataFrame(report.best_decays(ROWS), columns=report.SETTING)
     best = best.merge(runs.groupby(report.SETTING, as_index=False)["validation_accuracy"].mean())
     at_edge = []
@@ -301,20 +301,28 @@ def test_prose_on_epochs_batches_and_augmentation():
     by_batch = sizes.groupby(["net", "batch_size"])["test_accuracy"].mean()
     ahead = pd.DataFrame({net: by_batch["NetA"] - by_batch[net] for net in ("NetB", "NetC")})
     assert list(ahead.index) == [32, 64, 128, 256, 500, 1024]
-    assert ahead.min(axis=None) > 0.2  # "Batch norm's mean is ahead at every size"
+    others = ahead.drop(500)  # "ahead at every size"
+    assert f"by {others.min(axis=None):.1f} to {others.max(axis=None):.1f} points (n = 3, not in every seed)" in README
+    assert others.min(axis=None) > 0
     assert set(ahead.idxmax()) == {1024}  # "furthest with 1,024 images"
     main = MAIN.groupby("net")["test_accuracy"].mean()
     low, high = sorted(main["NetA"] - main[net] for net in ("NetB", "NetC"))
     assert f"ahead of both others, by {low:.1f} to {high:.1f} points" in README
-    ends = sweep("batch-rate")[sweep("batch-rate")["batch_size"] == 32]
-    for _, own in ends.groupby("net"):
-        assert len(own) == 6
+    for (_, size), own in sweep("batch-rate").groupby(["net", "batch_size"]):
+        assert len(own) == {32: 6, 1024: 4}[size]
         best = own.loc[own["validation_accuracy"].idxmax(), "learning_rate"]
         assert own["learning_rate"].min() < best < own["learning_rate"].max()  # no edge to tell of
-    tried = sweep("batch-size")[sweep("batch-size")["batch_size"] == 32]
-    for _, own in tried.groupby("net"):
-        low, high = sorted(set(own["learning_rate"]))
-        assert 1.9 < high / low < 4.1  # "two to four times as large"
+    rates = {
+        name: sweep(name).query("batch_size == 32").groupby("net")["learning_rate"].first()
+        for name in ("batch-size", "batch-size-first")
+    }
+    larger = rates["batch-size-first"] / rates["batch-size"]
+    assert larger.round().min() == 2  # "two to four times as large"
+    assert larger.round().max() == 4
+    per_epoch = sweep("batch-size").groupby(["net", "batch_size"])["learning_rate"].first().unstack()
+    per_epoch = per_epoch.div(pd.Series(utils.LEARNING_RATES), axis=0) * 500 / per_epoch.columns
+    assert per_epoch[32].between(0.45, 0.55).all()  # "half as much of it with 32 images"
+    assert per_epoch[1024].round(2).tolist() == [0.49, 0.49, 0.98]  # "again half for NetA and NetB"
     shown, leads, gaps, test_of = README[README.index("<!-- sweep-augment -->") :], {}, {}, {}
     for decay, augment in itertools.product((0.1, 0.5), ("none", "flip", "flip+crop")):
         runs = ROWS[ROWS["study"].isin(["main", "flip", "augment"])]
@@ -336,10 +344,12 @@ def test_prose_on_epochs_batches_and_augmentation():
         for lead, most in zip(leads[one], little, strict=True):
             assert 0.4 < float(lead) / float(most) < 0.6  # "halve it"
     both = sorted((cell for augment in ("flip", "flip+crop") for cell in leads[0.5, augment]), key=float)
-    assert f"both together leave {both[0]} to {both[-1]} points of it" in " ".join(README.split())
-    for augment in ("flip", "flip+crop"):  # "each net gets as much or more with the smaller decay"
+    assert f"both together, with crops or without, leave {both[0]} to {both[-1]} points of it" in " ".join(
+        README.split()
+    )
+    for augment in ("flip", "flip+crop"):  # "no net gains by the larger decay"
         for small, large in zip(test_of[0.1, augment], test_of[0.5, augment], strict=True):
-            assert round(small, 2) >= round(large, 2)
+            assert large - small < 0.01
 
 
 def test_sentences_on_budgets_by_plain_sums():
@@ -347,9 +357,7 @@ def test_sentences_on_budgets_by_plain_sums():
 
     def mean(name, net, which, **setting):
         own = [row for row in ROWS.itertuples() if (row.study, row.net) == (name, net)]
-        own = [row for row in own if all(getattr(row, key) == at for key, at in setting.items())]
-        lowest = min(row.learning_rate for row in own)  # what is left of batch-size from before has higher ones
-        values = [getattr(row, which) for row in own if row.learning_rate == lowest]
+        values = [getattr(row, which) for row in own if all(getattr(row, key) == at for key, at in setting.items())]
         assert len(values) == 3
         return sum(values) / len(values)
 
@@ -367,11 +375,13 @@ def test_sentences_on_budgets_by_plain_sums():
         means = [mean("batch-size", net, test, batch_size=size) for size in (32, 64, 128, 256)]
         ranges.append(f"{min(means):.1f} to {max(means):.1f}")
     assert f"stay within {ranges[0]} % for NetA, {ranges[1]} for NetB and {ranges[2]} for NetC." in text
-    old = sweep("batch-size")
-    old = old[old["learning_rate"] > old.groupby(["net", "batch_size"])["learning_rate"].transform("min")]
-    was = old.groupby(["batch_size", "net"])["test_accuracy"].mean().unstack()
-    apart = [f"{was['NetA'][size] - was['NetC'][size]:+.1f} at {size}" for size in (128, 256)]
-    assert f"({len(old)} runs, left out here) NetA's lead over NetC was {' and '.join(apart)}." in text
+    first = [
+        mean("batch-size-first", "NetA", test, batch_size=size)
+        - mean("batch-size-first", "NetC", test, batch_size=size)
+        for size in (32, 64, 128, 256)
+    ]
+    shown = re.search(r"NetA's lead over NetC was (.*?) from 32 to 256 images\.", text)[1]
+    assert [float(lead) for lead in shown.split(", ")] == pytest.approx(first, abs=0.0501)
 
 
 @pytest.mark.parametrize(
@@ -383,9 +393,7 @@ def test_leads_by_plain_sums(name, column):
     for row in ROWS.itertuples():
         published_batch = name == "batch-size" and row.study == "epochs" and row.epochs == 20
         if row.study == name or published_batch:
-            tried = scores.setdefault((row.net, getattr(row, column)), {})
-            tried.setdefault(row.learning_rate, []).append(row.test_accuracy)
-    scores = {key: tried[min(tried)] for key, tried in scores.items()}  # batch-size was run with higher rates before
+            scores.setdefault((row.net, getattr(row, column)), []).append(row.test_accuracy)
     values = sorted({value for _, value in scores})
     assert all(len(own) == 3 for own in scores.values())
     for net in ("NetB", "NetC"):
@@ -435,6 +443,21 @@ def test_differences_by_optimizer_by_independent_arithmetic():
         assert f"| {first} minus {second} | {' | '.join(cells)} |" in shown
         found += len(gaps)
     assert found >= 8
+    earlier = sweep("optimizer-h200")
+    apart = []
+    for (optimizer, net), own in earlier.groupby(["optimizer", "net"]):
+        same = runs[(runs["optimizer"] == optimizer) & (runs["net"] == net)]
+        if len(own) == 10 and own["learning_rate"].iloc[0] == same["learning_rate"].iloc[0]:
+            by_seed["H200", optimizer, net] = dict(zip(own["seed"], own["test_accuracy"], strict=True))
+            apart.append(abs(own["test_accuracy"].mean() - same["test_accuracy"].mean()))
+    assert len(apart) == 6
+    assert max(apart) <= 0.2  # "differ by at most 0.2 points over ten seeds"
+    for optimizer, other in (("adamw", "NetB"), ("muon", "Net")):
+        first, second = by_seed["H200", optimizer, "NetA"], by_seed["H200", optimizer, other]
+        assert text([first[seed] - second[seed] for seed in range(10)]) in shown
+    published = MAIN[MAIN["net"] == "NetC"].set_index("seed")["test_accuracy"]
+    more = [by_seed["Muon", "NetC"][seed] - published[seed] for seed in range(10)]
+    assert f"here it scores {sum(more) / 10:+.2f} points" in " ".join(shown.split())
 
 
 @pytest.mark.parametrize("text", [README, "".join("".join(cell["source"]) for cell in NOTEBOOK["cells"])])

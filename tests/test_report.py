@@ -157,7 +157,7 @@ def test_sweeps_tables(swept):
 
 def test_the_largest_decay_is_marked_when_it_is_the_best(swept):
     rows = swept[swept["learning_rate"] == 1.0]
-    assert rates(report.rate_table(rows), "sgd", "NetB")["weight decay"] == "0.5 (largest tried)"
+    assert rates(report.rate_table(rows), "sgd", "NetB")["weight decay"] == "0.5 (at an edge)"
 
 
 def test_an_optimum_is_open_at_either_end():
@@ -186,7 +186,7 @@ def test_a_decay_that_is_better_now_counts_when_its_seeds_are_there(swept):
     assert rates(report.rate_table(rows), "muon", "NetB").tolist()[:3] == ["0.01", "0", "78.00"]
     new += [new[0] | {"study": "rate-seeds", "seed": seed, "validation_accuracy": 84.0} for seed in (1, 2)]
     rows = pd.concat([swept, pd.DataFrame(new)])
-    assert rates(report.rate_table(rows), "muon", "NetB").tolist()[:3] == ["0.1", "2 (largest tried)", "86.00"]
+    assert rates(report.rate_table(rows), "muon", "NetB").tolist()[:3] == ["0.1", "2 (at an edge)", "86.00"]
     assert ("muon", "NetB") not in report.finished(rows)
 
 
