@@ -43,9 +43,14 @@ results/bench.csv.
     float16, convolutions of the pooled images as matrix products               .184  .254  .262
     float16, cudnn.benchmark over all of cuDNN's algorithms                     .182  .254  .261
     the same hour without either                                                .182  .251  .261
+    float16, the pool by F.avg_pool2d, its backward pass by F.interpolate       .194  .264  .270
+    float16, layer norm as PyTorch's, over a row of C*H*W values: kept             -  .196     -
+    float16, group norm with five operations less on its small tensors             -     -  .255
+    float16, group norm's gradient scaled by bmm with diagonal matrices            -  .251  .262
+    the same hour without these four                                            .181  .253  .259
 
-Beside training, scoring takes .025, .034 and .035 s of each epoch, in float32 without TF32 (in channels first .020,
-.021 and .021), and a checkpoint .004 to .007.
+Beside training, scoring takes .023 to .035 s of each epoch, in float32 without TF32 (in channels first .020 to .023),
+and a checkpoint .004 to .007.
 
 Group norm in channels last costs the captured step 5 to 7 %. It is kept because all nets' norms then have float32
 parameters, because it is faster on CPUs, and because the compiled step is faster with it.

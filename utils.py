@@ -511,11 +511,13 @@ class ChannelsLastGroupNorm(nn.Module):
 
     def forward(self, x):
         weight, bias, groups, eps = self.norm.weight, self.norm.bias, self.norm.num_groups, self.norm.eps
-        if groups > 1 or x.is_cuda:
+        if groups > 1:
             return _GroupNorm.apply(x, weight, bias, groups, eps)
         # With one group an image's values lie in one row, for which PyTorch's layer norm is fast.
         rows = x.permute(0, 2, 3, 1)
         scale, shift = (values.repeat(rows[0, :, :, 0].numel()) for values in (weight, bias))
+        if x.is_cuda:  # where it takes one type alone
+            scale, shift = scale.to(x.dtype), shift.to(x.dtype)
         return F.layer_norm(rows.flatten(1), scale.shape, scale, shift, eps).view_as(rows).permute(0, 3, 1, 2)
 
 
