@@ -55,8 +55,10 @@ def test_every_job_of_the_sweeps_is_captured_as_it_runs(data, name, variant):
 
 
 def test_compiled_and_captured_agree(data):
-    losses = [utils.train(utils.build("NetC", SHORT), data, SHORT, compile=c)[-1]["loss"] for c in (False, True)]
-    assert losses[0] == pytest.approx(losses[1], abs=0.03)
+    """Over eight steps: the compiler chooses kernels by their time, and training makes their rounding grow."""
+    few = replace(data, images=data.images[:2000], labels=data.labels[:2000])
+    losses = [utils.train(utils.build("NetC", SHORT), few, SHORT, compile=c)[-1]["loss"] for c in (False, True)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
 
 
 @pytest.mark.parametrize("groups", [1, 4])

@@ -307,7 +307,7 @@ def test_prose_on_epochs_batches_and_augmentation():
     assert set(ahead.idxmax()) == {1024}  # "furthest with 1,024 images"
     main = MAIN.groupby("net")["test_accuracy"].mean()
     low, high = sorted(main["NetA"] - main[net] for net in ("NetB", "NetC"))
-    assert f"ahead of both others, by {low:.1f} to {high:.1f} points" in README
+    assert f"ahead of both others, by {low:.2f} and {high:.2f} points" in README
     for (_, size), own in sweep("batch-rate").groupby(["net", "batch_size"]):
         assert len(own) == {32: 6, 1024: 4}[size]
         best = own.loc[own["validation_accuracy"].idxmax(), "learning_rate"]
