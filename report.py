@@ -542,7 +542,7 @@ def augment_text(rows):
     return f"""\
 **What do weight decay and augmentation do to batch norm's lead?** With little decay and no augmentation it is the
 largest, and so is the distance between training and test accuracy, in each net. From there, either more decay or flips
-halve it in the means; both together, with crops or without, leave {min(both.flat, key=float)} to
+take about half of it in the means; both together, with crops or without, leave {min(both.flat, key=float)} to
 {max(both.flat, key=float)} points of it (n = 3), but then no net gains by the larger decay:
 
 {markdown(table)}

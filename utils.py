@@ -824,8 +824,9 @@ def train(net, data, settings, label="", track=True, compile=False, checkpoint=N
     Returns its history, a dict per epoch: epoch (from 1), loss (with label smoothing) and train_accuracy (both while
     training), test_accuracy (nan unless `track`), learning_rate (of the last step), seconds (of training alone),
     elapsed (seconds from the start, without pauses). The same settings, machine, torch and thread count give the same
-    weights, bit for bit; with `compile`, while the compiler's cache lasts. ValueError when a batch is larger than the training split, MemoryError when it takes more
-    than a GPU's memory, FloatingPointError when gradients are not finite.
+    weights, bit for bit; with `compile`, while the compiler's cache lasts. ValueError when a batch is larger than the
+    training split, MemoryError when it takes more than a GPU's memory, FloatingPointError when gradients are not
+    finite.
     """
     started = time.perf_counter()
     of = identity(net, data, settings) if checkpoint else {}

@@ -342,7 +342,7 @@ def test_prose_on_epochs_batches_and_augmentation():
         assert max(column) == column[list(gaps).index((0.1, "none"))]  # "With little decay and no augmentation"
     for one in ((0.5, "none"), (0.1, "flip")):
         for lead, most in zip(leads[one], little, strict=True):
-            assert 0.4 < float(lead) / float(most) < 0.6  # "halve it"
+            assert 0.35 < float(lead) / float(most) < 0.65  # "take about half of it"
     both = sorted((cell for augment in ("flip", "flip+crop") for cell in leads[0.5, augment]), key=float)
     assert f"both together, with crops or without, leave {both[0]} to {both[-1]} points of it" in " ".join(
         README.split()
