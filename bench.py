@@ -66,6 +66,8 @@ On a CPU with two cores, in bfloat16, seconds of an epoch, in turns on one day (
     group norm's sums, products, or both by bmm                            -  -  16.3, 15.9, 17.7
     its backward pass in slices of 0.5, 1, 2 or 4 MB                 -  -  16.9, 16.3, 15.9, 15.7
     the same hour without either                                                   -     -  15.4
+    group norm's forward pass apart from PyTorch's below 1,024 pixels: kept        -     -  14.0
+    the same hour without                                                          -     -  15.8
 
 On a CPU there is nothing to capture: eager is what utils.train does. The plain loop runs in the same process, so there
 it profits from utils.keep_memory, too. The rows of --scale have the path "scale".

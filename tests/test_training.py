@@ -191,10 +191,11 @@ def test_working_copy_computes_what_the_net_does(name):
     assert (logits - net(images.float())).norm() < 0.03 * logits.norm()
 
 
+@pytest.mark.parametrize("size", [(16, 8), (32, 32)])
 @pytest.mark.parametrize("mean", [1, 21])  # bfloat16 can't tell 21 from 21.06
 @pytest.mark.parametrize("groups", [1, 4, 32])
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-4), (torch.bfloat16, 0.01)])
-def test_group_norm_in_channels_last(device, mean, groups, dtype, rounding):
+def test_group_norm_in_channels_last(device, size, mean, groups, dtype, rounding):
     """Output and gradients against nn.GroupNorm in float64."""
     torch.manual_seed(0)
     if dtype == torch.bfloat16 and device.type == "cuda":
@@ -202,7 +203,7 @@ def test_group_norm_in_channels_last(device, mean, groups, dtype, rounding):
     norm = nn.GroupNorm(groups, 32)
     nn.init.normal_(norm.weight, 1, 0.3)
     nn.init.normal_(norm.bias)
-    x, gradient = torch.randn(2, 20, 32, 16, 8).to(dtype)
+    x, gradient = torch.randn(2, 20, 32, *size).to(dtype)
     x = x * 2 + mean
     found = []
     for module, kind in ((copy.deepcopy(norm).double(), torch.float64), (norm, dtype)):
