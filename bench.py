@@ -52,8 +52,8 @@ results/bench.csv.
 Beside training, scoring takes .023 to .035 s of each epoch, in float32 without TF32 (in channels first .020 to .023),
 and a checkpoint .004 to .007.
 
-Group norm in channels last costs the captured step 5 to 7 %. It is kept because all nets' norms then have float32
-parameters, because it is faster on CPUs, and because the compiled step is faster with it.
+Group norm in channels last at first cost the captured step 5 to 7 %. It was kept because all nets' norms then have
+float32 parameters, because it is faster on CPUs, and because the compiled step is faster with it.
 
 On a CPU with two cores, in bfloat16, seconds of an epoch, in turns on one day (runs apart by up to a tenth):
 
