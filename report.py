@@ -537,13 +537,15 @@ def augment_effects(rows):
 def augment_text(rows):
     """Markdown: table and sentences on weight decay and augmentation."""
     table = augment_effects(rows)
-    both = table[(table.index == "0.5") & (table["augmentation"] != "none")]
-    both = both[["NetA minus NetB", "NetA minus NetC"]].to_numpy()
+    leads = table.set_index("augmentation", append=True)[["NetA minus NetB", "NetA minus NetC"]]
+    both = leads.loc[[("0.5", "flip"), ("0.5", "flip+crop")]].to_numpy()
+    decay, flips = (" and ".join(leads.loc[one]) for one in (("0.5", "none"), ("0.1", "flip")))
     return f"""\
 **What do weight decay and augmentation do to batch norm's lead?** With little decay and no augmentation it is the
-largest, and so is the distance between training and test accuracy, in each net. From there, either more decay or flips
-take about half of it in the means; both together, with crops or without, leave {min(both.flat, key=float)} to
-{max(both.flat, key=float)} points of it (n = 3), but then no net gains by the larger decay:
+largest, and so is the distance between training and test accuracy, in each net. From there, more
+decay leaves {decay} points of it over NetB and NetC, flips leave {flips}; both together, with crops or
+without, {min(both.flat, key=float)} to
+{max(both.flat, key=float)} (means, n in the table), but then no net gains by the larger decay:
 
 {markdown(table)}
 

@@ -546,7 +546,7 @@ class _GroupNorm(torch.autograd.Function):
             variance = channel_sums(values.square(), groups).sum(2, keepdim=True) / size
             rstd = (variance + eps).rsqrt_()
             y = torch.addcmul(bias.view(-1, 1, 1), values, per_channel(weight * rstd, values)).to(x.dtype)
-            x, mean = values.to(x.dtype), torch.zeros_like(mean)
+            x, mean = values.to(x.dtype), torch.zeros_like(mean)  # without its mean, as below
         else:
             y, mean, rstd = torch.native_group_norm(
                 x, weight.flatten(), bias.flatten(), n, channels, height * width, groups, eps
