@@ -16,7 +16,7 @@ What differs is the axes of the activations (N, C, H, W) over which mean and (in
 
     batch  N, H, W              one mean per channel; in eval mode, running averages of the training batches' means
     layer  C, H, W              one mean per image
-    group  C / groups, H, W     one mean per image and group of neighbouring channels
+    group  C / groups, H, W     one mean per image and group of neighboring channels
     none                        no mean and no variance: the scale and the shift alone, as a control
 
 Layer norm here is ``nn.GroupNorm(1, C)``, not ``nn.LayerNorm([C, H, W])``. Both take the same mean and variance, but
@@ -31,21 +31,23 @@ This file needs torch alone. In another notebook:
         logits = net.eval()((images / 255 - MEAN) / STD)
 """
 
+import operator
 from collections import OrderedDict
 
 import torch
 from torch import nn
 
-# Mean and standard deviation of each colour over all pixels of CIFAR-10's training images, scaled to 0..1.
+# Mean and standard deviation of each color over all pixels of CIFAR-10's training images, scaled to 0..1.
 MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)
 STD = torch.tensor([0.2470, 0.2435, 0.2616]).view(3, 1, 1)
 
+NORM_OF = {"NetA": "batch", "NetB": "layer", "NetC": "group", "Net": "none"}  # Net: the control
 CONVOLUTIONS = ("C1", "C2", "c3", "C4", "C5", "C6", "c7", "C8", "C9", "C10")
 WIDTHS = (16, 32, 24, 24, 24, 24, 24, 32, 32, 32)  # output channels of CONVOLUTIONS, in that order
 
 
 class ScaleShift(nn.Module):
-    """What is left of a norm without its statistics: a scale and a shift per channel. (N, C, H, W) to the same."""
+    """Apply a norm's scale and shift per channel without its statistics: (N, C, H, W) to the same shape."""
 
     def __init__(self, channels):
         super().__init__()
@@ -56,7 +58,7 @@ class ScaleShift(nn.Module):
         return x * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
 
 
-NORMS = {  # what makes each norm for activations (N, channels, H, W); a norm of your own is one more line
+NORMS = {  # how each norm is made for activations (N, channels, H, W); add a line for a norm of your own
     "batch": lambda channels, groups: nn.BatchNorm2d(channels),
     "layer": lambda channels, groups: nn.GroupNorm(1, channels),
     "group": lambda channels, groups: nn.GroupNorm(groups, channels),
@@ -65,13 +67,13 @@ NORMS = {  # what makes each norm for activations (N, channels, H, W); a norm of
 
 
 class Net(nn.Sequential):
-    """The chain with one kind of norm: images (N, in_channels, H, W), standardised, to logits (N, classes).
+    """The chain with one kind of norm: images (N, in_channels, H, W), normalized, to logits (N, classes).
 
     norm         one of NORMS
-    groups       groups of channels in group norm; must divide the width of every capital convolution
+    groups       groups of channels in group norm; must divide the width of each normalized layer (capital C)
     widths       output channels of C1 C2 c3 C4 C5 C6 c7 C8 C9 C10
     classes      number of logits
-    in_channels  3 for colour images
+    in_channels  3 for color images
 
     H and W should be multiples of 4, since pooling drops what is left over; 32 gives 32x32 in C1 to c3, 16x16 in C4
     to c7 and 8x8 in C8 to C10.
@@ -140,6 +142,32 @@ class NetC(Net):
         super().__init__("group", **options)
 
 
+def param_groups(net, weight_decay):
+    """Split the parameters of a `Net` into two groups for any optimizer, as torch.optim takes them.
+
+    The weights of all convolutions but c11 decay, and `Muon` orthogonalizes their updates. Scales, shifts and c11
+    do neither.
+    """
+    convolutions = [p for p in net.parameters() if p.ndim == 4 and p is not net.c11.weight]
+    rest = [p for p in net.parameters() if p.ndim != 4 or p is net.c11.weight]
+    return [
+        {"params": convolutions, "weight_decay": weight_decay, "use_muon": True},
+        {"params": rest, "weight_decay": 0.0, "use_muon": False},
+    ]
+
+
+def show(value):
+    """Return `repr(value)` for messages; Python has none for whole numbers of 5,000 digits."""
+    return "a number of over 30 digits" if isinstance(value, int) and abs(value) > 10**30 else repr(value)
+
+
+def whole_number(name, value, low=1, high=2**32 - 1):
+    """Return `value` as an int; ValueError, in one line, unless it is a whole number from `low` to `high`."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or not low <= operator.index(value) <= high:
+        raise ValueError(f"{name} is {show(value)}; give a whole number from {low} to {high}")
+    return operator.index(value)
+
+
 def check(norm, groups, widths, classes, in_channels):
     """Raise ValueError, in one line, for arguments that `Net` can't be built from."""
     if not isinstance(norm, str) or norm not in NORMS:
@@ -148,16 +176,12 @@ def check(norm, groups, widths, classes, in_channels):
         raise ValueError(
             f"widths is {widths!r}; give {len(CONVOLUTIONS)} numbers, one each for {' '.join(CONVOLUTIONS)}"
         )
-    counts = dict(zip(CONVOLUTIONS, widths, strict=True)) | {
-        "groups": groups,
-        "classes": classes,
-        "in_channels": in_channels,
-    }
-    for name, count in counts.items():
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise ValueError(f"{name} is {count!r}; give a whole number of 1 or more")
+    for name, width in zip(CONVOLUTIONS, widths, strict=True):
+        whole_number(name, width)
+    for name, count in {"groups": groups, "classes": classes, "in_channels": in_channels}.items():
+        whole_number(name, count)
     if norm == "group":
-        normed = [width for name, width in counts.items() if name.startswith("C")]
+        normed = [width for name, width in zip(CONVOLUTIONS, widths, strict=True) if name.startswith("C")]
         if any(width % groups for width in normed):
             choices = [str(n) for n in range(1, min(normed) + 1) if not any(width % n for width in normed)]
             raise ValueError(

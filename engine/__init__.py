@@ -1,0 +1,1 @@
+"""What `utils` trains with: data, the optimizer, the training step, files and figures."""

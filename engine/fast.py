@@ -1,0 +1,174 @@
+"""What makes a training step quick and changes nothing else: each part stands in for a stock PyTorch one."""
+
+import contextlib
+import copy
+import ctypes
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def pick_precision(device):
+    """Return the 16-bit type that `device` computes with natively (float16 on GPUs, bfloat16 on CPUs), or float32."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0):
+        return torch.float16  # as fast as bfloat16, more exact, on more GPUs, and cuDNN has a batch norm for it
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
+            return torch.bfloat16
+    return torch.float32
+
+
+def low_precision_copy(net, dtype):
+    """Copy a `models.Net` for training in `dtype`, which shares the float32 norms of `net`.
+
+    Norms other than batch, layer and group norm are copied in `dtype`, too. c3 and c7 come after their pools instead of
+    before, which is the same function for a quarter of the work. The parameters' order is that of `net`.
+    """
+    copied = copy.deepcopy(net).to(dtype)
+    for name, module in net.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            copied.set_submodule(name, module)
+        elif isinstance(module, nn.GroupNorm):
+            copied.set_submodule(name, ChannelsLastGroupNorm(module))
+    copied.c3, copied.P1 = AvgPool2x2(), copied.c3
+    copied.c7, copied.P2 = AvgPool2x2(), copied.c7
+    return copied
+
+
+class AvgPool2x2(nn.Module):
+    """Average 2x2 pixels, as nn.AvgPool2d(2) does, whose backward pass is slow on CUDA in channels last."""
+
+    def forward(self, x):
+        if not x.is_cuda:
+            return F.avg_pool2d(x, 2)
+        blocks = x.permute(0, 2, 3, 1).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
+        return blocks.mean((2, 4)).permute(0, 3, 1, 2)
+
+
+class ChannelsLastGroupNorm(nn.Module):
+    """Compute nn.GroupNorm with its float32 parameters, for activations (N, C, H, W) in channels last.
+
+    PyTorch's own copies to channels first and back on CUDA; on CPUs its backward pass is slow.
+    """
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        weight, bias, groups, eps = self.norm.weight, self.norm.bias, self.norm.num_groups, self.norm.eps
+        if groups > 1:
+            return GroupNormFunction.apply(x, weight, bias, groups, eps)
+        # With one group an image's values lie in one row, for which PyTorch's layer norm is fast.
+        rows = x.permute(0, 2, 3, 1)
+        scale, shift = (values.repeat(rows[0, :, :, 0].numel()) for values in (weight, bias))
+        if x.is_cuda:  # where it takes one type alone
+            scale, shift = scale.to(x.dtype), shift.to(x.dtype)
+        return F.layer_norm(rows.flatten(1), scale.shape, scale, shift, eps).view_as(rows).permute(0, 3, 1, 2)
+
+
+class GroupNormFunction(torch.autograd.Function):
+    """Forward and backward pass of `ChannelsLastGroupNorm`; float32 statistics (N, groups, 1 or C / groups).
+
+    Small tensors cost a launch each on CUDA, so their arithmetic is kept to few operations.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, groups, eps):
+        n, channels, height, width = x.shape
+        size = x[0].numel() // groups
+        weight, bias = weight.view(groups, -1), bias.view(groups, -1)
+        if x.is_cuda:
+            mean = channel_sums(x, groups).sum(2, keepdim=True) / size
+            norms = torch.linalg.vector_norm(x, dim=(2, 3), dtype=torch.float32).view(n, groups, -1)
+            variance = torch.addcmul(norms.square().sum(2, keepdim=True) / size, mean, mean, value=-1)
+            rstd = (variance.clamp_(min=0) + eps).rsqrt_()
+            scale = weight * rstd
+            y = torch.addcmul(per_channel(torch.addcmul(bias, mean, scale, value=-1), x), x, per_channel(scale, x))
+        elif height * width < 1024:  # where PyTorch's own takes several times as long
+            values = x.float()
+            mean = channel_sums(values, groups).sum(2, keepdim=True) / size
+            values = values - per_channel(mean, values)
+            variance = channel_sums(values.square(), groups).sum(2, keepdim=True) / size
+            rstd = (variance + eps).rsqrt_()
+            y = torch.addcmul(bias.view(-1, 1, 1), values, per_channel(weight * rstd, values)).to(x.dtype)
+            x, mean = values.to(x.dtype), torch.zeros_like(mean)  # without its mean, as below
+        else:
+            y, mean, rstd = torch.native_group_norm(
+                x, weight.flatten(), bias.flatten(), n, channels, height * width, groups, eps
+            )
+            # Without most of the mean, little is left for bfloat16 to round in the backward pass.
+            rounded = mean[..., None].to(x.dtype)
+            x, mean, rstd = x - per_channel(rounded, x), mean[..., None] - rounded.float(), rstd[..., None]
+        ctx.save_for_backward(x, weight, mean, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight, mean, rstd = ctx.saved_tensors
+        groups = mean.shape[1]
+        total = channel_sums(gradient, groups)
+        product = torch.addcmul(channel_products(gradient, x, groups), mean, total, value=-1) * rstd
+        both = torch.stack([total, product])  # sums of the gradient, and of the gradient times the normalized x
+        c, b = (weight * both).sum(3, keepdim=True) * (rstd / (-x[0].numel() // groups))
+        b = b * rstd
+        c = torch.addcmul(c, mean, b, value=-1)
+        result = torch.addcmul(per_channel(c, x), x, per_channel(b, x))
+        result.addcmul_(gradient, per_channel(weight * rstd, x))
+        bias_gradient, weight_gradient = both.sum(1).flatten(1)
+        return result, weight_gradient, bias_gradient, None, None
+
+
+def channel_sums(x, groups):
+    """Sum (N, C, H, W) over H and W in float32, to (N, groups, C / groups)."""
+    # On a CPU, asking for float32 would copy x first; it adds up in float32 all the same and rounds the sums.
+    total = x.sum((2, 3), dtype=torch.float32) if x.is_cuda else x.sum((2, 3)).float()
+    return total.view(len(x), groups, -1)
+
+
+def channel_products(x, y, groups):
+    """Return `channel_sums` of x * y."""
+    if not x.is_cuda or torch.compiler.is_compiling():
+        return channel_sums(x * y, groups)
+    # All channels with all, of which the diagonal is wanted: still faster than to write x * y and to read it again.
+    x, y = (values.permute(0, 2, 3, 1).flatten(1, 2) for values in (x, y))
+    products = torch.bmm(x.mT, y, out_dtype=torch.float32) if x.dtype != torch.float32 else torch.bmm(x.mT, y)
+    return products.diagonal(dim1=1, dim2=2).unflatten(1, (groups, -1))
+
+
+def per_channel(values, x):
+    """Shape (N, groups, C / groups) or (N, groups, 1) to (N, C, 1, 1), in the type of x (N, C, H, W)."""
+    n, channels = x.shape[:2]
+    return values.to(x.dtype).expand(n, -1, channels // values.shape[1]).reshape(n, channels, 1, 1)
+
+
+def can_compile(device):
+    """Return whether torch.compile works on `device`; print one line when it does not."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(1, device=device))
+    except Exception as error:  # of many kinds: no C compiler, no Triton, a GPU that is too old
+        print(f"torch.compile does not work here, training without it: {str(error).strip().splitlines()[0]}")
+        return False
+    return True
+
+
+def keep_memory():
+    """Let this process keep up to 2 GiB of freed memory from now on, where the C library is glibc.
+
+    By default it gives large tensors back to the system, and each training step on a CPU waits for new pages.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, bytes. Older versions refuse more than 32 MiB for the first; the second
+        # alone would make it smaller than it is by default.
+        if libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25):
+            libc.mallopt(-1, 2**31 - 1)
+
+
+@functools.cache
+def cuda_stream(device, number):
+    """Return the CUDA stream of that number, always the same: cuBLAS keeps memory for each, 64 MiB on an H100."""
+    return torch.cuda.Stream(device)

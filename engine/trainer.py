@@ -1,0 +1,227 @@
+"""The training step, from the indices of a batch to the new weights, and its epochs."""
+
+import contextlib
+import functools
+import gc
+
+import torch
+import torch.nn.functional as F
+
+import models
+from engine import fast
+from engine.data import crop_and_flip, normalize
+from engine.muon import Muon
+
+WARMUP = 0.2  # share of the steps in which the learning rate rises
+LABEL_SMOOTHING = 0.1
+CROP = 2  # pixels by which random crops move an image, at most
+LOSS_SCALE = 128  # keeps gradients within float16's range; a power of two, so that dividing by it is exact
+
+
+def muon(groups, lr, momentum, dtype):
+    return Muon(groups, lr, momentum, dtype=dtype)
+
+
+def sgd(groups, lr, momentum, dtype):
+    # Of PyTorch's kinds only the fused one reads a learning rate on the device without waiting for it.
+    return torch.optim.SGD(groups, lr, momentum, nesterov=True, fused=True)
+
+
+def adamw(groups, lr, momentum, dtype):
+    return torch.optim.AdamW(groups, lr, (momentum, 0.999), capturable=lr.is_cuda, fused=True)
+
+
+# Decay is decoupled (Loshchilov & Hutter 2019) in muon and adamw, an L2 term in the gradient in sgd.
+OPTIMIZERS = {"muon": muon, "sgd": sgd, "adamw": adamw}
+
+
+def schedule(steps, peak, device=None):
+    """Return the learning rate of each step, (steps,): linear warmup to `peak`, then linear decay to nearly 0."""
+    progress = torch.arange(1, steps + 1, device=device) / (steps + 1)
+    return peak * torch.minimum(progress / WARMUP, (1 - progress) / (1 - WARMUP))
+
+
+class Trainer:
+    """Train a `models.Net` on `engine.data.Data` with `utils.Settings`; `step` is one whole training step.
+
+    Master weights are float32; a low-precision copy computes logits and gradients (Micikevicius et al. 2018,
+    https://arxiv.org/abs/1710.03740). All state lives in tensors on the device, so nothing returns to the host within
+    an epoch. On CUDA one step is recorded as a graph and replayed, unless `capture` is False.
+
+    compile  use torch.compile for net and loss
+    stream   number of the CUDA stream: nets that train at the same time need one each
+    TypeError for another kind of net, ValueError when a batch is larger than the training split.
+    """
+
+    def __init__(self, net, data, settings, compile=False, capture=True, stream=0):
+        if not isinstance(net, models.Net):
+            raise TypeError(f"net is a {type(net).__name__}; give a models.Net, such as NetA()")
+        device = data.images.device
+        self.net, self.data, self.settings = net, data, settings
+        self.steps = len(data.images) // settings.batch_size  # of an epoch
+        if self.steps == 0:
+            raise ValueError(f"batch_size is {settings.batch_size}; there are {len(data.images)} training images")
+        net.to(device, memory_format=torch.channels_last).train()
+        self.dtype = fast.pick_precision(device)
+        self.model = fast.low_precision_copy(net, self.dtype)
+        pairs = zip(self.model.parameters(), net.parameters(), strict=True)
+        self.copied = [(low, master) for low, master in pairs if low is not master]
+        self.learning_rates = schedule(self.steps * settings.epochs, settings.learning_rate, device)
+        self.lr = self.learning_rates[0].clone()
+        groups = models.param_groups(net, settings.weight_decay)
+        self.optimizer = OPTIMIZERS[settings.optimizer](groups, self.lr, settings.momentum, self.dtype)
+        self.generator = torch.Generator(device).manual_seed(settings.seed)
+        self.order = torch.zeros(self.steps, settings.batch_size, dtype=torch.int64, device=device)
+        self.shift = torch.zeros(len(data.images), 2, dtype=torch.int64, device=device)
+        self.flip = torch.rand(len(data.images), generator=self.generator, device=device) < 0.5
+        self.counts = torch.zeros(2, 1, dtype=torch.int64, device=device)
+        self.epoch_step, self.global_step = self.counts
+        self.metric_sums = torch.zeros(2, device=device)  # over the epoch so far: loss, share of right answers
+        self.diverged = torch.zeros((), device=device)  # 1 from the first step on whose gradients are not finite
+        self.optimizer.found_inf = self.diverged
+        self.unscale = torch.full((), 1 / LOSS_SCALE, device=device)
+        self.stream = fast.cuda_stream(device, stream) if device.type == "cuda" else None
+        self.on_stream = functools.partial(torch.cuda.stream, self.stream) if self.stream else contextlib.nullcontext
+        if compile and fast.can_compile(device):
+            self.loss = torch.compile(self.loss, dynamic=False)
+        self.replay = self.capture() if self.stream and capture else self.step
+
+    def batch(self):
+        """Return the current step's normalized images (B, 3, 32, 32) and labels (B,)."""
+        chosen = self.order.index_select(0, self.epoch_step)[0]
+        images = self.data.images.index_select(0, chosen)
+        if self.settings.augment != "none":
+            images = crop_and_flip(images, self.shift.index_select(0, chosen), self.flip.index_select(0, chosen))
+        return normalize(images).to(self.dtype), self.data.labels.index_select(0, chosen)
+
+    def step(self):
+        """Take one training step; from the first step with a gradient that is not finite on, change nothing."""
+        images, labels = self.batch()
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        # In float16 cuDNN's deterministic kernels are as fast as its others.
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True):
+            loss, accuracy = self.loss(images, labels)
+            (LOSS_SCALE * loss).backward()
+        gradients = [low.grad.float() for low in self.model.parameters()]
+        torch._amp_foreach_non_finite_check_and_unscale_(gradients, self.diverged, self.unscale)
+        self.lr.copy_(self.learning_rates.index_select(0, self.global_step)[0])
+        for parameter, gradient in zip(self.net.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        self.optimizer.step()
+        with torch.no_grad():
+            if self.copied:
+                torch._foreach_copy_(*map(list, zip(*self.copied, strict=True)))
+            self.metric_sums += torch.stack([loss, accuracy])
+            self.counts += 1 - self.diverged.long()  # stays at the first step that diverged
+
+    def loss(self, images, labels):
+        """Return the mean loss and the share of right answers of a batch."""
+        logits = self.model(images).float()
+        accuracy = (logits.detach().argmax(1) == labels).float().mean()
+        return F.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING), accuracy
+
+    def capture(self):  # pragma: no cover - needs a GPU: tests/gpu
+        """Record `step` as a CUDA graph, restore all state, and return the graph's replay."""
+        tensors = [*self.net.parameters(), *self.net.buffers(), *(low for low, _ in self.copied)]
+        tensors += [self.counts, self.diverged]
+        before = [tensor.detach().clone() for tensor in tensors]
+        graph = torch.cuda.CUDAGraph()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for _ in range(2):  # libraries set themselves up in their first calls, which can't be recorded
+                self.step()
+                self.epoch_step.zero_()
+                self.global_step.zero_()
+        torch.cuda.synchronize()
+        collecting = gc.isenabled()
+        gc.disable()  # to free another net's graph now would end the recording
+        try:
+            with torch.cuda.graph(graph, stream=self.stream):
+                self.step()
+        finally:
+            if collecting:
+                gc.enable()
+        with torch.no_grad():
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
+            for tensor in self.optimizer_tensors():  # momentum and the like all begin at 0
+                tensor.zero_()
+        torch.cuda.synchronize()
+        return graph.replay
+
+    def epoch(self):
+        """Yield after enqueueing each step of one epoch; does not wait for the GPU.
+
+        With flips, half of the images, drawn at first, are mirrored, and in the next epoch the other half: no image is
+        seen the same way twice in a row (Jordan 2024, https://arxiv.org/abs/2404.00498). Crops are drawn each epoch.
+        """
+        if self.stream:
+            self.stream.wait_stream(torch.cuda.current_stream())  # where the state may just have been loaded
+        with self.on_stream():
+            device, n = self.order.device, len(self.data.images)
+            order = torch.randperm(n, generator=self.generator, device=device)
+            self.order.copy_(order[: self.order.numel()].view_as(self.order))
+            if "flip" in self.settings.augment:
+                self.flip.logical_not_()
+            if "crop" in self.settings.augment:
+                shift = torch.randint(-CROP, CROP + 1, (n, 2), generator=self.generator, device=device)
+                self.shift.copy_(shift)
+            self.epoch_step.zero_()
+            self.metric_sums.zero_()
+        for _ in range(self.steps):
+            with self.on_stream():
+                self.replay()
+            yield
+
+    def means(self):
+        """Return the epoch's mean training loss and accuracy (percent) so far; waits for the GPU."""
+        if self.stream:
+            self.stream.synchronize()
+        loss, accuracy = (self.metric_sums / self.steps).tolist()
+        return loss, 100 * accuracy
+
+    def check_finite(self):
+        """Raise FloatingPointError, which names the step, if a gradient was not finite: no weight changed since."""
+        if self.diverged.item():
+            step = self.global_step.item()
+            raise FloatingPointError(
+                f"{self.net.norm} norm, seed {self.settings.seed}, diverged in epoch {step // self.steps + 1}, "
+                f"step {step % self.steps + 1} of {self.steps}, at a learning rate of "
+                f"{self.learning_rates[step].item():.3g} (learning_rate is {self.settings.learning_rate}); "
+                "try a lower one"
+            )
+
+    def optimizer_tensors(self):
+        return [value for state in self.optimizer.state.values() for value in state.values()]
+
+    def state_dict(self):
+        """Return all that the next epochs depend on, as tensors; to be called between two epochs."""
+        return {
+            "net": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict()["state"],
+            "global_step": self.global_step,
+            "flip": self.flip,
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state):
+        """Resume from a `state_dict` of the same net, data and settings."""
+        self.net.load_state_dict(state["net"])
+        if self.optimizer.state:  # written in place, since a recorded graph reads these very tensors
+            for own, saved in zip(
+                self.optimizer.state_dict()["state"].values(), state["optimizer"].values(), strict=True
+            ):
+                for name, tensor in own.items():
+                    tensor.copy_(saved[name])
+        elif state["optimizer"]:
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr
+        with torch.no_grad():
+            self.global_step.copy_(state["global_step"])
+            self.flip.copy_(state["flip"])
+            for low, master in self.copied:
+                low.copy_(master)
+        self.generator.set_state(state["generator"])
