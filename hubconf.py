@@ -1,6 +1,6 @@
-"""The three nets for torch.hub: `torch.hub.load(folder, "NetA", source="local", pretrained=True)`.
+"""The three networks for torch.hub: `torch.hub.load(folder, "NetA", source="local", pretrained=True)`.
 
-A module of yours that is called models and imported already would be taken for this folder's models.py.
+If your code has imported a module of its own called models, that one is taken instead of this folder's models.py.
 """
 
 import pathlib
@@ -13,27 +13,27 @@ dependencies = ["torch"]
 
 
 def NetA(pretrained=False, **options):
-    """The net with batch norm: images (N, 3, 32, 32), standardised with models.MEAN and STD, to logits (N, 10).
+    """Build the network with batch norm: images (N, 3, 32, 32), normalized with models.MEAN and STD, to logits (N, 10).
 
-    pretrained  with the published weights: seed 0, trained without augmentation
+    pretrained  load the published weights: seed 0, trained without augmentation
     options     those of `models.Net`; they change what the weights mean, so ValueError when both are given
     """
     return _load("NetA", pretrained, options)
 
 
 def NetB(pretrained=False, **options):
-    """The net with layer norm: images (N, 3, 32, 32), standardised with models.MEAN and STD, to logits (N, 10).
+    """Build the network with layer norm: images (N, 3, 32, 32), normalized with models.MEAN and STD, to logits (N, 10).
 
-    pretrained  with the published weights: seed 0, trained without augmentation
+    pretrained  load the published weights: seed 0, trained without augmentation
     options     those of `models.Net`; they change what the weights mean, so ValueError when both are given
     """
     return _load("NetB", pretrained, options)
 
 
 def NetC(pretrained=False, **options):
-    """The net with group norm: images (N, 3, 32, 32), standardised with models.MEAN and STD, to logits (N, 10).
+    """Build the network with group norm: images (N, 3, 32, 32), normalized with models.MEAN and STD, to logits (N, 10).
 
-    pretrained  with the published weights: seed 0, trained without augmentation
+    pretrained  load the published weights: seed 0, trained without augmentation
     options     those of `models.Net`; they change what the weights mean, so ValueError when both are given
     """
     return _load("NetC", pretrained, options)

@@ -1,0 +1,143 @@
+"""The figures of `s8.ipynb`. Each function returns a Matplotlib figure, which the caller closes."""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from engine import records
+from engine.probe import confusion, overlap
+from models import NORM_OF
+
+NET_OF = {norm: net for net, norm in NORM_OF.items()}
+COLORS = {"batch": "#0072B2", "layer": "#D55E00", "group": "#009E73", "none": "#7F7F7F"}  # Okabe & Ito 2008
+GRAY = "#555555"
+
+
+def title(text, data):
+    """Return `text`, with a second line that says so when `data` are synthetic."""
+    return f"{text}\n{data.name}" if data.synthetic else text
+
+
+def save_figure(path, figure):
+    """Save a Matplotlib figure as a whole file, 1,760 pixels wide: about twice a README's column."""
+    dpi = 1760 / figure.get_figwidth()
+    records.save(Path(path), lambda temporary: figure.savefig(temporary, dpi=dpi))
+
+
+def plot_samples(data):
+    """Draw four training images of each class, a column per class."""
+    figure, axes = plt.subplots(4, len(data.classes), figsize=(10, 4.4), layout="constrained")
+    figure.suptitle(title("Training images", data))
+    for label, column in enumerate(axes.T):
+        column[0].set_title(data.classes[label], fontsize=10)
+        for axis, index in zip(column, (data.labels == label).nonzero().flatten()[:4], strict=False):
+            axis.imshow(data.images[index].cpu().numpy())
+    for axis in axes.flat:
+        axis.axis("off")
+    return figure
+
+
+def plot_curves(runs, data):
+    """Draw loss and accuracy by epoch of {norm: list of Run}: means over the seeds, with bands from lowest to highest.
+
+    Accuracy is solid for the test split and dotted for training.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    figure.suptitle(title("Training, epoch by epoch", data))
+    for norm, group in runs.items():
+        histories = pd.concat([pd.DataFrame(run.history) for run in group]).groupby("epoch")
+        panels = ((axes[0], "loss", "-"), (axes[1], "test_accuracy", "-"), (axes[1], "train_accuracy", ":"))
+        for axis, column, line in panels:
+            mean, low, high = (getattr(histories[column], name)() for name in ("mean", "min", "max"))
+            axis.plot(mean.index, mean, line, color=COLORS[norm], label=f"{norm} norm" if line == "-" else None)
+            if line == "-" and len(group) > 1:
+                axis.fill_between(mean.index, low, high, color=COLORS[norm], alpha=0.2, linewidth=0)
+    axes[0].set(xlabel="epoch", ylabel="training loss")
+    axes[1].set(xlabel="epoch", ylabel="accuracy, % (dotted: training)")
+    for axis in axes:
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.legend(frameon=False)
+        axis.grid(alpha=0.3)
+    return figure
+
+
+def plot_confusions(runs, data):
+    """Draw a matrix of mistakes per norm of {norm: Run}, all on one scale: row the true class, column the predicted."""
+    counts = {
+        norm: confusion(run.scores.predictions, data.test_labels.cpu(), len(data.classes)).fill_diagonal_(0).numpy()
+        for norm, run in runs.items()
+    }
+    highest = max(1, *(count.max() for count in counts.values()))
+    figure, axes = plt.subplots(1, len(runs), figsize=(15, 5.8), layout="constrained", squeeze=False, sharey=True)
+    figure.suptitle(title(f"Mistakes by true and predicted class, {seeds_of(runs)}", data), fontsize=15)
+    for axis, (norm, count) in zip(axes[0], counts.items(), strict=True):
+        axis.imshow(count, cmap="Greys", vmin=0, vmax=highest)
+        for (row, column), value in np.ndenumerate(count):
+            if row != column:
+                ink = "white" if value > highest / 2 else "black"
+                axis.text(column, row, value, ha="center", va="center", fontsize=11, color=ink)
+        axis.set_title(f"{norm} norm", color=COLORS[norm], fontsize=14)
+        axis.set_xticks(range(len(data.classes)), data.classes, rotation=60, ha="right", fontsize=12)
+        axis.set_yticks(range(len(data.classes)), data.classes, fontsize=12)
+        axis.set_xlabel("predicted", fontsize=12)
+    axes[0, 0].set_ylabel("true", fontsize=12)
+    return figure
+
+
+def seeds_of(runs):
+    """Name the seeds of {norm: Run}: "seed 0"."""
+    seeds = sorted({run.row["seed"] for run in runs.values()})
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+
+
+def plot_classes(runs, data):
+    """Draw the accuracy in each class that the test split holds, a point per norm of {norm: Run}."""
+    labels = data.test_labels.cpu()
+    present = labels.unique().tolist()
+    figure, axis = plt.subplots(figsize=(10, 3.6), layout="constrained")
+    for number, (norm, run) in enumerate(runs.items()):
+        right = run.scores.predictions == labels
+        accuracy = [100 * right[labels == label].float().mean().item() for label in present]
+        offset = 0.15 * (number - (len(runs) - 1) / 2)
+        axis.plot(np.arange(len(present)) + offset, accuracy, "o", color=COLORS[norm], label=f"{norm} norm")
+    axis.set_xticks(range(len(present)), [data.classes[label] for label in present])
+    axis.set(ylabel="test accuracy, %", title=title(f"Accuracy by class, {seeds_of(runs)}", data))
+    axis.legend(frameon=False)
+    axis.grid(axis="y", alpha=0.3)
+    return figure
+
+
+def plot_overlap(mistakes, data):
+    """Draw bars of `overlap`, the largest on top."""
+    counts = overlap(mistakes).sort_values()
+    figure, axis = plt.subplots(figsize=(8, 3), layout="constrained")
+    colors = [COLORS[name.split()[0]] if name.endswith("only") else GRAY for name in counts.index]
+    axis.bar_label(axis.barh(counts.index, counts, color=colors), padding=3)
+    axis.set(xlabel="test images", title=title("Which norms get them wrong", data))
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def draw_mean_spread(axis, rows):
+    """Draw rows of `engine.probe.mean_spread` on a Matplotlib axis, dashed where each image has its own mean."""
+    shades = plt.get_cmap("Blues")
+    sizes = sorted(rows[rows["net"] == "NetA"]["images"].unique())
+    for (net, size), line in rows.groupby(["net", "images"], sort=False):
+        norm = NORM_OF[net]
+        color = shades(0.4 + 0.5 * sizes.index(size) / len(sizes)) if norm == "batch" else COLORS[norm]
+        label = f"batch norm, {size} images" if norm == "batch" else f"{norm} norm, one image"
+        style = {"color": color, "marker": "o", "markersize": 3, "linestyle": "-" if norm == "batch" else "--"}
+        axis.plot(line["layer"], line["spread"], label=label, **style)
+    axis.set(ylabel="spread of the subtracted means,\nstandard deviations", yscale="log")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2)
+
+
+def plot_mean_spread(rows, data):
+    """Draw rows of `engine.probe.mean_spread` as a figure."""
+    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
+    draw_mean_spread(axis, rows)
+    axis.set_title(title("How much the subtracted means differ between batches or images", data))
+    return figure

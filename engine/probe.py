@@ -1,0 +1,130 @@
+"""What can be measured inside a net, and of its mistakes."""
+
+import contextlib
+import copy
+
+import pandas as pd
+import torch
+from torch import nn
+
+from engine.data import normalize
+from models import NORM_OF
+
+
+@contextlib.contextmanager
+def eval_mode(net):
+    """Put `net` in eval mode within a `with` block; afterwards each module has its own mode again."""
+    modes = {module: module.training for module in net.modules()}
+    try:
+        yield net.eval()
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def layer_table(net):
+    """Tabulate the chain, a line per layer: what it is, its output (C, H, W) for a 32x32 image, its parameters."""
+    lines, x = [], torch.zeros(1, 3, 32, 32)
+    for name, layer in copy.deepcopy(net).cpu().eval().named_children():
+        x = layer(x)
+        kind = "3x3 conv, norm, SiLU" if isinstance(layer, nn.Sequential) else type(layer).__name__
+        if isinstance(layer, nn.Conv2d):
+            kind = "1x1 conv"
+        shape = "x".join(str(n) for n in x.shape[1:])
+        count = sum(p.numel() for p in layer.parameters())
+        lines.append({"layer": name, "is": kind, "output": shape, "parameters": count})
+    return pd.DataFrame(lines).set_index("layer")
+
+
+@torch.no_grad()
+def mean_spread(net, name, images, size=1):
+    """Measure how much the means that the norms subtract differ, in units of the standard deviations they divide by.
+
+    name    of the net, for the rows
+    images  (N, 32, 32, 3) uint8
+    size    images that share a mean: those of a batch for batch norm, 1 for layer and group norm
+
+    Returns a row per layer: net, images (the size), layer, spread. ValueError unless `size` divides N into two
+    or more.
+    """
+    if size < 1 or len(images) % size or len(images) < 2 * size:
+        raise ValueError(f"size is {size}; give a divisor of the {len(images)} images that is at most half of them")
+    found = {}
+
+    def look(layer, norm, x):
+        groups = norm.num_groups if isinstance(norm, nn.GroupNorm) else x.shape[1]
+        values = x.unflatten(1, (groups, -1)).unflatten(0, (-1, size))
+        found.setdefault(layer, []).append(torch.var_mean(values, (1, 3, 4, 5), correction=0))  # (N / size, groups)
+
+    blocks = [(layer, block) for layer, block in net.named_children() if isinstance(block, nn.Sequential)]
+    hooks = [
+        block.norm.register_forward_pre_hook(lambda norm, inputs, layer=layer: look(layer, norm, inputs[0]))
+        for layer, block in blocks
+    ]
+    try:
+        with eval_mode(net):
+            for part in images.split(max(1, 500 // size) * size):  # some at a time, to spare memory
+                net(normalize(part))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    rows = []
+    for layer, parts in found.items():
+        variance, mean = (torch.cat(values) for values in zip(*parts, strict=True))
+        spread = (mean.var(0).mean() / variance.mean()).sqrt().item()
+        rows.append({"net": name, "images": size, "layer": layer, "spread": round(spread, 5)})
+    return rows
+
+
+@torch.no_grad()
+def class_activation_maps(net, images):
+    """Compute each position's share in each logit, (N, classes, H / 4, W / 4), of images (N, H, W, 3) uint8.
+
+    Zhou et al. 2016, https://arxiv.org/abs/1512.04150. c11 is linear, so it may come before GAP as well: the mean of a
+    map over its positions is the net's logit.
+    """
+    x = normalize(images)
+    with eval_mode(net):
+        for name, layer in net.named_children():
+            if name != "GAP":
+                x = layer(x)
+    return x
+
+
+def confusion(predictions, labels, classes=10):
+    """Count (classes, classes) pairs: row the true class, column the predicted one."""
+    return torch.bincount(classes * labels + predictions, minlength=classes**2).view(classes, classes)
+
+
+def overlap(mistakes):
+    """Count the test images that exactly these norms get wrong: a Series "batch only", "batch and layer", ..."""
+    norms = mistakes.groupby("index")["net"].agg(lambda nets: tuple(NORM_OF[net] for net in sorted(nets)))
+    names = {
+        one: " and ".join([", ".join(one[:-1]), one[-1]]) if len(one) > 1 else f"{one[0]} only" for one in set(norms)
+    }
+    return norms.map(names).value_counts().rename("images")
+
+
+def people_table(runs, data, votes):
+    """Compare the mistakes of {norm: Run} with people's answers: percentages of each norm's mistakes.
+
+    votes     (N, classes) counts from `engine.data.human_votes`
+    disputed  fewer than 90% of people give the label; on the last line, of all test images
+    """
+    labels = data.test_labels.cpu()
+    agreeing = votes[torch.arange(len(labels)), labels] / votes.sum(1)
+    disputed, commonest = agreeing < 0.9, votes.argmax(1)
+    lines = []
+    for norm, run in runs.items():
+        predictions = run.scores.predictions
+        wrong = (predictions != labels).nonzero().flatten()
+        shares = {
+            "disputed": disputed[wrong],
+            "someone gives the net's answer": votes[wrong, predictions[wrong]] > 0,
+            "most people give it": commonest[wrong] == predictions[wrong],
+        }
+        line = {name: round(100 * share.float().mean().item(), 1) for name, share in shares.items()}
+        lines.append({"norm": norm, "images": len(wrong)} | line)
+    everything = round(100 * disputed.float().mean().item(), 1)
+    lines.append({"norm": "all test images", "images": len(labels), "disputed": everything})
+    return pd.DataFrame(lines).set_index("norm")
