@@ -19,7 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 import models
-from engine import fast, records
+from engine import fast, files, records
 from engine.data import check_images, normalize
 from engine.figures import COLORS, save_figure, title
 from engine.probe import eval_mode
@@ -281,7 +281,7 @@ def save_runs(runs, data, folder):
     if wrong:
         records.upsert(folder / "results" / "mistakes.csv", wrong, key=["net"])
     weights = {key: value.cpu().contiguous() for key, value in runs[0].net.state_dict().items()}
-    records.save(folder / "weights" / f"{name}.pt", lambda temporary: torch.save(weights, temporary))
+    files.save(folder / "weights" / f"{name}.pt", lambda temporary: torch.save(weights, temporary))
     for one in runs:
         (folder / "checkpoints" / f"{name}-{one.row['seed']}.pt").unlink(missing_ok=True)
 

@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from engine import records
+from engine import files
 from engine.probe import confusion, overlap
 from models import NORM_OF
 
@@ -23,7 +23,7 @@ def title(text, data):
 def save_figure(path, figure):
     """Save a Matplotlib figure as a whole file, 1,760 pixels wide: about twice a README's column."""
     dpi = 1760 / figure.get_figwidth()
-    records.save(Path(path), lambda temporary: figure.savefig(temporary, dpi=dpi))
+    files.save(Path(path), lambda temporary: figure.savefig(temporary, dpi=dpi))
 
 
 def plot_samples(data):

@@ -1,8 +1,8 @@
-"""Seconds, bytes and ratios: this project's training beside the plain loop that notebooks like it use.
+"""Time this project's training beside the plain loop that notebooks like it use.
 
-    python bench.py            measure, write results/bench.csv, print the table
-    python bench.py --scale    measure over batch sizes, widths and numbers of images; draw img/scaling.png
-    python bench.py --check    compare the weights that the eager, captured and compiled steps reach
+    python -m experiments.bench            measure, write results/bench.csv, print the table
+    python -m experiments.bench --scale    measure over batch sizes, widths and numbers of training images
+    python -m experiments.bench --check    compare the weights that the eager, captured and compiled steps reach
 
 Needs CIFAR-10. An epoch is every training image once, forward, backward and update, without evaluation. The paths:
 
@@ -11,66 +11,10 @@ Needs CIFAR-10. An epoch is every training image once, forward, backward and upd
     eager             utils.train's step, one kernel launched after another
     captured          the same, recorded as a CUDA graph: what utils.train does on a GPU
     compiled          the same, net and loss under torch.compile: utils.train(..., compile=True)
-    captured-3, compiled-3    three nets at once on one GPU, as study.py trains them: seconds per net and epoch
-
-What was tried, once each and not kept in results/: one H100, batch 500, median seconds of 5 epochs (NetA, NetB, NetC)
-of the captured step unless it says otherwise, in bfloat16 unless it says float16. What is published is in
-results/bench.csv.
-
-    first version: padded Newton-Schulz stack, group norm in channels first     .256  .303  .309
-    1x1 convolutions after their pool, pool as a mean over 2x2 blocks: kept     .226  .287  .293
-    the same pool and convolution as one convolution of stride 2                .229  .296  .298
-    F.avg_pool2d first, whose backward pass is slow in channels last            .260  .307  .314
-    group norm in channels last, float32 parameters: kept, see below               -  .302  .314
-    layer norm on rows of C*H*W values, scale and shift apart                      -  .261     -
-    torch.compile of the net, norms as in the captured step: "compiled"        .190  .191  .189
-    torch.compile of the net with PyTorch's own group norm                      .188  .219  .232
-    gradients copied to float32 in one call                                     .224  .286  .293
-    colours padded to 8 or 4 channels in C1                                     .233     -     -
-    batch norm's statistics on 4 or 8 neighbouring pixels a row                 .221     -     -
-    cudnn.benchmark                                                             .226     -  .293
-    batch 1,000, batch 250                                               .190, .282  -  .219, .456
-    one row of momenta and two indexed copies in Muon: kept, simpler            .222     -  .309
-    group norm's gradient times activation by bmm instead of written out: kept     -  .289  .295
-    group norm applied with float32 scales, in mixed types                         -  .303  .310
-    cuDNN's nondeterministic kernels                                            .206     -     -
-    float16, for which cuDNN has its own batch norm: kept                       .180     -  .289
-    float16, and group norm by bmm: kept                                        .180  .269  .273
-    the same with fewer operations on group norm's small tensors: kept          .182  .253  .259
-    float16 with nondeterministic kernels                                       .181  .270  .274
-    float16 with widths that are multiples of 16                                .181     -     -
-    float16, torch.compile of net, then of net and loss and optimizer     .172, .160     -     -
-    float16, convolutions of the pooled images as matrix products               .184  .254  .262
-    float16, cudnn.benchmark over all of cuDNN's algorithms                     .182  .254  .261
-    the same hour without either                                                .182  .251  .261
-    float16, the pool by F.avg_pool2d, its backward pass by F.interpolate       .194  .264  .270
-    float16, layer norm as PyTorch's, over a row of C*H*W values: kept             -  .196     -
-    float16, group norm with five operations less on its small tensors             -     -  .255
-    float16, group norm's gradient scaled by bmm with diagonal matrices            -  .251  .262
-    the same hour without these four                                            .181  .253  .259
-
-Beside training, scoring takes .023 to .035 s of each epoch, in float32 without TF32 (in channels first .020 to .023),
-and a checkpoint .004 to .007.
-
-Group norm in channels last at first cost the captured step 5 to 7 %. It was kept because all nets' norms then have
-float32 parameters, because it is faster on CPUs, and because the compiled step is faster with it.
-
-On a CPU with two cores, in bfloat16, seconds of an epoch, in turns on one day (runs apart by up to a tenth):
-
-    memory given back to the system after each step, mean of two runs           20.0  19.6  19.1
-    memory kept, utils.keep_memory: kept                                        14.9  16.6  18.3
-    the pool's backward pass by F.interpolate, one process: 4 to 5 % faster     15.1  16.5     -
-    the same process without                                                    15.8  17.4     -
-    layer norm as PyTorch's, over a row of C*H*W values an image: kept             -  11.0     -
-    the same hour without                                                          -  14.7     -
-    group norm's sums, products, or both by bmm                            -  -  16.3, 15.9, 17.7
-    its backward pass in slices of 0.5, 1, 2 or 4 MB                 -  -  16.9, 16.3, 15.9, 15.7
-    the same hour without either                                                   -     -  15.4
-    group norm's forward pass apart from PyTorch's below 1,024 pixels: kept        -     -  14.0
-    the same hour without                                                          -     -  15.8
+    captured-3, compiled-3    three nets at once on one GPU, as experiments.run trains them: seconds per net and epoch
 
 On a CPU there is nothing to capture: eager is what utils.train does. The plain loop runs in the same process, so there
-it profits from utils.keep_memory, too. The rows of --scale have the path "scale".
+it profits from fast.keep_memory, too. The rows of --scale have the path "scale". What was tried is in bench_log.md.
 """
 
 import argparse
@@ -81,9 +25,8 @@ import math
 import statistics
 import time
 import warnings
-from pathlib import Path
+from dataclasses import replace
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -93,9 +36,14 @@ from torchvision.datasets import CIFAR10
 
 import models
 import utils
+from engine import fast, records
+from engine.data import load_data
+from engine.trainer import Trainer
+from experiments import ROOT
+from models import NORM_OF
 from utils import NETS, Settings
 
-BENCH = Path("results/bench.csv")
+BENCH = ROOT / "results" / "bench.csv"
 PLAIN_BATCH = 128
 
 
@@ -107,7 +55,7 @@ def settings_of(net, **changes):
 class Plain:
     """The plain loop. `epoch` gives the seconds of an epoch, from `images` of the training images if not from all."""
 
-    def __init__(self, name, device, workers, images, root="data"):
+    def __init__(self, name, device, workers, images, root=ROOT / "data"):
         steps = [transforms.ToTensor(), transforms.Normalize(models.MEAN.flatten(), models.STD.flatten())]
         warnings.filterwarnings(
             "ignore", "This DataLoader will create"
@@ -136,7 +84,7 @@ class Plain:
 
 
 class Fast:
-    """`utils.Trainer` on one net, or on `at_once` of them in turn; `epoch` gives the seconds of an epoch of one net.
+    """Time an epoch of `engine.trainer.Trainer` on one net, or on `at_once` of them in turn: seconds per net.
 
     setup_seconds is what came before the first epoch, peak_memory_mib the most GPU memory that it needed.
     """
@@ -150,9 +98,9 @@ class Fast:
         widths = tuple(width * channels for channels in models.WIDTHS)
         nets = [utils.build(name, settings, widths=widths) for _ in range(at_once)]
         self.trainers = [
-            utils.Trainer(net, data, settings, compile, capture, stream=number) for number, net in enumerate(nets)
+            Trainer(net, data, settings, compile, capture, stream=number) for number, net in enumerate(nets)
         ]
-        synchronise(self.device)
+        synchronize(self.device)
         self.setup_seconds = time.perf_counter() - start
         self.steps = images // settings.batch_size
         self.epoch()
@@ -204,15 +152,15 @@ def copy_bandwidth(device):
     target = torch.empty_like(source)
     seconds = []
     for _ in range(10):
-        synchronise(device)
+        synchronize(device)
         start = time.perf_counter()
         target.copy_(source)
-        synchronise(device)
+        synchronize(device)
         seconds.append(time.perf_counter() - start)
     return 2 * source.numel() * source.element_size() / statistics.median(seconds)
 
 
-def synchronise(device):
+def synchronize(device):
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -221,7 +169,7 @@ def launches(trainer):
     """Kernels, copies and fills that one step starts on the GPU, counted by the profiler; "" on a CPU."""
     if trainer.stream is None:
         return ""
-    trainer.now.zero_()
+    trainer.counts.zero_()
     trainer.means()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         with trainer.on_stream():
@@ -234,7 +182,7 @@ def row_of(data, path, net, seconds, settings, width=1, **more):
     """A row for results/bench.csv."""
     device = data.images.device
     return {
-        "device": utils.device_name(device),
+        "device": records.device_name(device),
         "torch": torch.__version__,
         "path": path,
         "net": net,
@@ -252,8 +200,8 @@ def row_of(data, path, net, seconds, settings, width=1, **more):
         "ratio_plain_4": "",
         "dram_model_seconds": "",
         "launches_per_step": "",
-        "precision": "float32" if path.startswith("plain") else str(utils.pick_precision(device)).split(".")[1],
-        "commit": utils.commit(),
+        "precision": "float32" if path.startswith("plain") else str(fast.pick_precision(device)).split(".")[1],
+        "commit": records.code_commit(),
     } | more
 
 
@@ -309,7 +257,7 @@ def bench(data, epochs):
                     measured["run_seconds"] = round(run_seconds(net, data, compiling), 2)
             rows.append(row_of(data, path, net, seconds[path], settings, **measured))
             print(f"{path:10} {net} {medians[path]:8.3f} s an epoch", flush=True)
-        utils.put_rows(BENCH, rows, KEY)  # a net's rows are kept whatever happens to the next one
+        records.upsert(BENCH, rows, KEY)  # a net's rows are kept whatever happens to the next one
     return rows
 
 
@@ -323,7 +271,7 @@ def scale(data, epochs):
     cases += [(standard, 1, images) for images in (5_000, 10_000, 20_000)]
     rows = []
     for net, (size, width, images) in itertools.product(("NetA", "NetC"), cases):
-        some = utils.replace(data, images=data.images[:images], labels=data.labels[:images])
+        some = replace(data, images=data.images[:images], labels=data.labels[:images])
         settings = settings_of(net, batch_size=size)
         loop = Fast(net, some, settings, images if device.type == "cuda" else max(size, 4000), width=width)
         seconds = [loop.epoch() for _ in range(epochs)]
@@ -339,56 +287,15 @@ def scale(data, epochs):
     return rows
 
 
-def plot_scaling(rows):
-    """Seconds an epoch against batch size, width and training images, beside what bytes and launches would take."""
-    device = rows["device"].iloc[0]
-    rows = rows.assign(launches=pd.to_numeric(rows["launches_per_step"], errors="coerce") * steps(rows))  # of an epoch
-    panels = {
-        "batch_size": ("images a batch", {"width": 1, "train_images": 50_000}),
-        "width": ("times the published widths", {"batch_size": Settings.batch_size, "train_images": 50_000}),
-        "train_images": ("training images", {"batch_size": Settings.batch_size, "width": 1}),
-    }
-    figure, axes = plt.subplots(1, 3, figsize=(10, 3.6), layout="constrained", sharey=True)
-    figure.suptitle(
-        f"Seconds an epoch, {device}: solid measured, dotted its bytes at copy speed,\n"
-        "dashed its launches, each at what it takes where they are the limit (the smallest batches)"
-    )
-    for axis, (column, (name, fixed)) in zip(axes, panels.items(), strict=True):
-        for net in ("NetA", "NetC"):
-            chosen = rows[rows["net"] == net]
-            for key, value in fixed.items():
-                chosen = chosen[chosen[key] == value]
-            chosen, colour = chosen.sort_values(column), utils.COLOURS[utils.NORM_OF[net]]
-            smallest = rows[rows["net"] == net].sort_values("batch_size").iloc[0]
-            each = smallest["seconds_per_epoch"] / smallest["launches"]
-            axis.plot(chosen[column], each * chosen["launches"], "--", color=colour, alpha=0.6)
-            axis.plot(
-                chosen[column], chosen["seconds_per_epoch"], "o-", color=colour, label=f"{net}, {utils.NORM_OF[net]}"
-            )
-            axis.plot(chosen[column], chosen["dram_model_seconds"], ":", color=colour)
-        axis.set(xlabel=name, xscale="log", yscale="log")
-        axis.set_xticks(ticks := sorted(chosen[column].unique()), [f"{tick:,}" for tick in ticks], fontsize=8)
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("seconds")
-    axes[0].legend(frameon=False)
-    return figure
-
-
-def steps(rows):
-    """Steps of an epoch, for each of the rows."""
-    return rows["train_images"] // rows["batch_size"]
-
-
 def check(data):
     """How far each path's weights are from the eager one's after two epochs, per net; SystemExit if it is too far."""
-    few = utils.replace(data, images=data.images[:10_000], labels=data.labels[:10_000])
-    for net in utils.NORM_OF:
+    few = replace(data, images=data.images[:10_000], labels=data.labels[:10_000])
+    for net in NORM_OF:
         weights = {}
         for path, options in {"eager": {"capture": False}, "captured": {}, "compiled": {"compile": True}}.items():
             settings = Settings(epochs=2, augment="flip+crop")
             made = utils.build(net, settings)
-            trainer = utils.Trainer(made, few, settings, **options)
+            trainer = Trainer(made, few, settings, **options)
             for _ in range(2):
                 for _ in trainer.epoch():
                     pass
@@ -409,18 +316,18 @@ def main(arguments=None):
     parser.add_argument("--epochs", type=int, default=5, help="epochs of each path, of which the median counts")
     options = parser.parse_args(arguments)
     start = time.perf_counter()
-    data = utils.load_data(utils.pick_device(), "cifar10")
-    synchronise(data.images.device)
-    print(f"{utils.device_name(data.images.device)}: CIFAR-10 from disk to device {time.perf_counter() - start:.2f} s")
+    data = load_data(utils.pick_device(), "cifar10", ROOT / "data")
+    synchronize(data.images.device)
+    print(
+        f"{records.device_name(data.images.device)}: CIFAR-10 from disk to device {time.perf_counter() - start:.2f} s"
+    )
     if options.check:
         check(data)
         return
     rows = scale(data, options.epochs) if options.scale else bench(data, options.epochs)
     print(pd.DataFrame(rows).drop(columns=["device", "torch", "commit"]).to_string(index=False))
     if options.scale:
-        utils.put_rows(BENCH, rows, KEY)
-        figure = plot_scaling(pd.DataFrame(rows))
-        utils.save_figure(Path("img/scaling.png"), figure)
+        records.upsert(BENCH, rows, KEY)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,102 @@
+"""Whole files: what is written is there as a whole or not at all, and never over published results.
+
+A problem is one line that names the file.
+"""
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+from pathlib import Path
+
+from filelock import FileLock
+
+
+def save(path, write):
+    """Call write(temporary path), then move that file to `path`; an older file stays whole whatever fails.
+
+    Writes through symbolic links. An older file keeps its mode; a new one gets the mode that open() would give it.
+    """
+    with replacement(path) as (_, temporary):
+        write(temporary)
+
+
+@contextlib.contextmanager
+def replacement(path):
+    """Yield the file that `path` leads to, and the path of what replaces it. One process at a time gets past here."""
+    target = Path(os.path.realpath(path))
+    # Random, as two containers can share a process id. The suffix tells Matplotlib the format.
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part{target.suffix}")
+    try:
+        _check_writable(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.with_name(f".{target.name}.lock")):
+            for stale in target.parent.glob(".*.part*"):  # from killed processes: the living wait for the lock
+                if stale.name.startswith(f".{target.name}.") and len(stale.name) == len(temporary.name):
+                    stale.unlink()
+            try:
+                yield target, temporary
+                with open(temporary, "r+b") as file:
+                    os.fsync(file.fileno())  # else a power cut could leave the new name without its content
+                if target.exists():
+                    with contextlib.suppress(OSError, AttributeError):  # only root can keep another owner
+                        os.chown(temporary, target.stat().st_uid, target.stat().st_gid)
+                    temporary.chmod(stat.S_IMODE(target.stat().st_mode))
+                os.replace(temporary, target)
+            finally:
+                temporary.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:
+        torch_failed = "inline_container" in str(error)  # what torch.save says when the disk is full
+        if isinstance(error, RuntimeError) and not torch_failed:
+            raise
+        disk = next(folder for folder in target.parents if os.path.ismount(folder))
+        full = torch_failed or error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise OSError(f"{path} can't be written: {f'the disk at {disk} is full' if full else error}") from None
+
+
+def _check_writable(target):
+    if os.path.lexists(target) and not target.is_file():
+        raise OSError("it is no regular file")
+    for place in (target, next(folder for folder in target.parents if folder.exists())):
+        # Root may write anything: the owner's permission tells what is meant to stay.
+        if place.exists() and not (os.access(place, os.W_OK) and place.stat().st_mode & stat.S_IWUSR):
+            raise OSError(f"{place} is read-only")
+
+
+def read_bytes(path):
+    """Return the bytes of a regular file, None when absent; raise OSError, without waiting, for a folder or a FIFO."""
+    try:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError(f"{path} is no regular file")
+            return file.read()
+    except FileNotFoundError:
+        return None
+
+
+def output_folder(path):
+    """Create an output folder with subfolders results, img, weights and checkpoints, and return it, resolved.
+
+    ValueError when it can't be written, is a checkout (a folder in one, such as out/, is fine), the home folder or "/",
+    is inside a .git, or links from it lead into a checkout.
+    """
+    folder, home = (Path(os.path.realpath(os.path.expanduser(place))) for place in (path, "~"))
+
+    def is_checkout(place):
+        return (place / "models.py").exists() or (place / "s8.ipynb").exists()
+
+    try:
+        if is_checkout(folder) or folder in (folder.parent, home) or ".git" in map(str.lower, folder.parts):
+            raise OSError(f"{folder} holds other things")
+        subfolders = [folder / name for name in ("results", "img", "weights", "checkpoints")]
+        for place in (*subfolders, *(file for subfolder in subfolders for file in subfolder.glob("*"))):
+            end = Path(os.path.realpath(place))
+            if end != place and any(map(is_checkout, (end, *end.parents))):
+                raise OSError(f"{place} leads to {end}, in a checkout")
+        for subfolder in subfolders:
+            subfolder.mkdir(parents=True, exist_ok=True)
+            _check_writable(Path(os.path.realpath(subfolder / "file")))
+    except OSError as error:
+        raise ValueError(f"{str(path)!r} can't be the output folder: {error}; choose another, such as 'out'") from None
+    return folder

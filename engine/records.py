@@ -1,0 +1,279 @@
+"""Rows of results, checkpoints, and the fingerprint of a run.
+
+A problem is one line that names the file: OSError when it can't be written, ValueError when its content won't do.
+"""
+
+import contextlib
+import csv
+import functools
+import hashlib
+import io
+import itertools
+import os
+import re
+import subprocess
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from engine.files import read_bytes, replacement, save
+
+ROOT = Path(__file__).resolve().parents[1]
+COMPUTING = ("models", "engine/data", "engine/muon", "engine/trainer", "engine/fast", "engine/kernels")
+# Read now: a process computes with what it loaded, whatever is edited later.
+CODE = [path.read_bytes() for name in COMPUTING if (path := ROOT / f"{name}.py").exists()]
+HISTORY = {"epoch", "loss", "train_accuracy", "test_accuracy", "learning_rate", "seconds", "elapsed"}  # of each epoch
+# The columns of results/runs.csv that a run measures or notes; all others are its settings and tell rows apart.
+MEASURED = {"parameters", "train_accuracy", "test_accuracy", "validation_accuracy", "test_loss", "seconds", "device"}
+MEASURED |= {"torch", "commit", "status", "precision"}
+_commit = None  # see set_commit
+
+
+def upsert(path, rows, key=None):
+    """Upsert rows, dicts or a DataFrame, into a CSV file: they replace those there with the same key.
+
+    key  columns that every new row has, by default all but MEASURED. An old row without one counts as having "" there
+
+    Values are written as given, so round floats first; None and nan as "". Several processes may write at a time.
+    """
+    if isinstance(rows, pd.DataFrame):  # not to_dict: it makes 0.5899999737739563 of float32 0.59
+        columns = [rows[name].to_numpy() for name in rows]
+        rows = [dict(zip(rows, row, strict=True)) for row in zip(*columns, strict=True)]
+    new = [{name: _text(value) for name, value in row.items()} for row in rows]
+    if not new:
+        return
+    with replacement(path) as (target, temporary):
+        content = read_bytes(target)
+        header, *old = [[]] if content is None else _table(path, content)
+        old = [dict(zip(header, row, strict=True)) for row in old]
+        columns = list(dict.fromkeys([*header, *(name for row in new for name in row)]))
+        key = list(key or [name for name in columns if name not in MEASURED]) or ["seed"]
+        for name in (name for row in new for name in key if name not in row):
+            raise ValueError(f"{path}: a new row has no {name!r}, which tells rows apart; give it a value")
+        replaced = {_key_of(row, key) for row in new}
+        kept = [row for row in old if _key_of(row, key) not in replaced]
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            table = [columns, *([row.get(name, "") for name in columns] for row in kept + new)]
+            csv.writer(file, lineterminator="\n").writerows(table)
+        _table(path, read_bytes(temporary))
+
+
+def _text(value):
+    value = value.numpy(force=True)[()] if isinstance(value, torch.Tensor) else value
+    return "" if pd.api.types.is_scalar(value) and pd.isna(value) else str(value)
+
+
+def _key_of(row, key):
+    return tuple(re.sub(r"^(-?\d+)\.0$", r"\1", row.get(name, "")) for name in key)  # 1.0 is 1
+
+
+def read_rows(path):
+    """Return the rows of a CSV file as a DataFrame, without any when it is absent."""
+    if (content := read_bytes(path)) is None:
+        return pd.DataFrame(columns=["study", "net", "split"])
+    _table(path, content)
+    return pd.read_csv(io.BytesIO(content))
+
+
+def _table(path, content):
+    """Return the lines of a CSV file as lists of texts, the header first; ValueError unless they are whole."""
+    try:
+        text = content.decode("utf-8-sig")
+        table = [row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if row]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is no CSV file in UTF-8 ({error}); mend or delete it") from None
+    if not table or not text.endswith("\n"):
+        raise ValueError(f"{path} {'ends within a line' if table else 'is empty'}; mend or delete it")
+    for name in table[0]:
+        if not re.fullmatch(r"\w+([ -]\w+)*", name) or table[0].count(name) > 1:
+            raise ValueError(f"{path} has a column {name!r}; use letters, digits and _, once each, and plain commas")
+    for number, row in enumerate(table, 1):
+        if len(row) != len(table[0]) or any(field != field.strip() for field in row):
+            raise ValueError(f"{path}: line {number} is not {len(table[0])} fields, without space around them; mend it")
+    return table
+
+
+def data_hash(*tensors):
+    """Return a hash of the tensors' values, types and shapes, in order, the same on every device.
+
+    It guards against mistakes, not attackers: a sum of 32-bit words, each times 64-bit numbers of its place, modulo
+    2^64. It is computed where they are, a few MB at a time: only what is not contiguous is copied.
+    """
+    block, found = 4096, []  # words
+    for tensor in tensors:
+        flat, sums = tensor.detach().contiguous().flatten(), []
+        for part in flat.split((2**22 if flat.is_cuda else 2**19) // flat.element_size()):
+            part = (part.cpu() if part.device.type == "mps" else part).view(torch.uint8)
+            if len(part) % (4 * block) or part.storage_offset() % 4:
+                part = torch.cat([part, part.new_zeros(-len(part) % (4 * block))])
+            words = part.view(torch.int32).view(-1, block)
+            sums.append(torch.stack([(words * row).sum(1) for row in _multipliers(block, 0, part.device)]))
+        sums = torch.cat(sums, 1)
+        totals = (sums * _multipliers(sums.shape[1], 1, sums.device)).sum(1)
+        found.append((tensor.dtype, tuple(tensor.shape), totals.tolist()))
+    return _digest(found)
+
+
+@functools.lru_cache(64)
+def _multipliers(count, seed, device):
+    numbers = torch.randint(-(2**63), 2**63 - 1, (2, count), generator=torch.Generator().manual_seed(seed))
+    return (numbers | 1).to(device)
+
+
+def _digest(value):
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+
+def weights_hash(state_dict):
+    """Return a hash of a state dict's names and values."""
+    return _digest((list(state_dict), data_hash(*state_dict.values())))
+
+
+def fingerprint(net, data, settings, track, precision=None):
+    """Return, as numbers and texts, what must be the same for a run to be the same; `net` is not yet trained."""
+    device = data.images.device
+    forwards = [code for module in net.modules() if (code := getattr(module.forward, "__code__", None))]
+    constants = [[value for value in code.co_consts if isinstance(value, int | float | str)] for code in forwards]
+    described = {  # each of two words, which no setting can be called
+        "net's modules": repr(net),
+        "training code": _digest((CODE, [(code.co_code, code.co_names) for code in forwards], constants)),
+        "torch version": str(torch.__version__),
+        "device name": device_name(device),
+        "number format": str(precision),
+        "thread count": torch.get_num_threads() if device.type == "cpu" else None,
+        "data name": f"{data.name}, {data.split}",
+        "training images": data_hash(data.images),
+        "training labels": data_hash(data.labels),
+        "test images": data_hash(data.test_images),
+        "test labels": data_hash(data.test_labels),
+        "each epoch tested": bool(track),
+        "initial weights": weights_hash(net.state_dict()),
+    }
+    return described | _plain(asdict(settings))
+
+
+def _plain(value):
+    """Return a value in the types that a checkpoint can hold."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    value = value.item() if isinstance(value, np.generic) else value
+    return value if value is None or isinstance(value, bool | int | float | str) else repr(value)
+
+
+def write_checkpoint(path, fingerprint, history, state):
+    """Save what a run resumes from: its fingerprint, its history and its state, a nested dict of tensors."""
+    content = io.BytesIO()
+    torch.save({"fingerprint": fingerprint, "history": _plain(history), "state": state}, content)
+    save(path, lambda temporary: temporary.write_bytes(content.getvalue()))
+
+
+def read_checkpoint(path, fingerprint, steps_per_epoch=None, like=None):
+    """Return what `write_checkpoint` saved, a dict of fingerprint, history and state; None when absent.
+
+    like  a state of the same run at any step: the saved one must have its keys, shapes and types
+
+    The net may hold the initial weights or the saved ones; the fingerprint that is returned is of the initial ones.
+    ValueError, which leaves the file, when it is another run's or damaged.
+    """
+    advice = "delete it to start anew, or name another file"
+    try:
+        if (content := read_bytes(path)) is None:
+            return None
+        if zipfile.ZipFile(io.BytesIO(content)).testzip():  # torch.load does not look at the check sums
+            raise ValueError("its check sum is wrong")
+        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        found, history, state = (saved[name] for name in ("fingerprint", "history", "state"))
+        differing = [name for name in {**fingerprint, **found} if found.get(name) != fingerprint.get(name)]
+        if differing == ["initial weights"] and weights_hash(state["net"]) == fingerprint["initial weights"]:
+            differing = []  # the net that the run left behind
+        if not differing:
+            _check_progress(found, history, state, steps_per_epoch)
+            _check_form(state, like, "state")
+    except Exception as error:  # of many kinds: cut off, altered, not a checkpoint at all
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{path} can't be read as a checkpoint ({reason[0]}); {advice}") from None
+    for name in differing:
+        pair = [str(run.get(name)) for run in (found, fingerprint)]
+        lines = itertools.zip_longest(*(text.splitlines() for text in pair), fillvalue="")
+        old, new = next((line for line in lines if line[0] != line[1]), pair)  # the first lines that differ
+        raise ValueError(f"{path} is a checkpoint with {name} {old.strip():.90}, not {new.strip():.90}; {advice}")
+    return saved
+
+
+def _check_progress(fingerprint, history, state, steps_per_epoch):
+    epochs, step = len(history), int(state["global_step"])
+    limit, steps = fingerprint.get("epochs", epochs), steps_per_epoch or step // max(1, epochs)
+    for number, epoch in enumerate(history, 1):
+        numeric = epoch.keys() == HISTORY and all(type(value) in (int, float) for value in epoch.values())
+        if not numeric or epoch["epoch"] != number or number > limit:
+            raise ValueError(f"epoch {number} of its history is not one of {limit}, with {', '.join(sorted(HISTORY))}")
+    if not isinstance(history, list) or step != epochs * steps or (step == 0) != (epochs == 0):
+        raise ValueError(f"its history has {epochs} epochs, its state is after {step} steps")
+    if epochs == 0 and weights_hash(state["net"]) != fingerprint["initial weights"]:
+        raise ValueError("its history is empty, its weights are not the initial ones")
+
+
+def _check_form(value, like, name):
+    if isinstance(value, torch.Tensor) and isinstance(like, torch.Tensor):
+        form, wanted = ((tuple(x.shape), x.dtype, x.layout) for x in (value, like))
+    elif isinstance(value, dict) and isinstance(like, dict):
+        form, wanted = set(value), set(like or value)  # some optimizers' state is {} before their first step
+    else:
+        form, wanted = type(value), type(value if like is None else like)
+    if form != wanted:
+        raise ValueError(f"its {name} is {form}, not {wanted}")
+    for key in like if isinstance(like, dict) else ():
+        _check_form(value[key], like[key], f"{name}[{key!r}]")
+
+
+@contextlib.contextmanager
+def restored_on_error(net):
+    """Put the net's weights back when anything is raised inside, KeyboardInterrupt too."""
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    try:
+        yield
+    except BaseException:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # enqueued steps would write after us
+        net.load_state_dict(before)
+        raise
+
+
+def device_name(device):
+    """Return the name of the GPU, or "cpu" with its processor's name where it is known."""
+    cpu = f"{device.type} {torch.cpu.get_capabilities().get('cpu_name', '')}".strip()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+
+
+def set_commit(text):
+    """Set what `code_commit` returns from now on, for code that was copied without its repository."""
+    global _commit
+    if not re.fullmatch(r"[0-9a-f]{7,40}\+?", str(text)):
+        raise ValueError(f"commit is {text!r}; give 7 to 40 hexadecimal digits, with + when the code differs from it")
+    _commit = text
+    code_commit.cache_clear()
+
+
+@functools.cache  # what runs is what was there at the first run, whatever is written later
+def code_commit(default="unknown"):
+    """Return the short hash of this repository's commit, with + when tracked code differs; else `default`."""
+
+    def git(*arguments):
+        command = ["git", "--no-optional-locks", "-C", ROOT, *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # of a hook
+    try:
+        git("ls-files", "--error-unmatch", "models.py", "engine/records.py")  # fails for copies in another's repository
+        ours = Path(git("rev-parse", "--show-toplevel")).samefile(ROOT)
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
+        commit = git("rev-parse", "--short", "HEAD") + ("+" if changed else "") if ours else default
+    except (OSError, subprocess.CalledProcessError):
+        commit = default
+    return _commit or commit

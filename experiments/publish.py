@@ -1,0 +1,133 @@
+"""Run s8.ipynb with ten seeds, check what came out, and only then publish it.
+
+    python -m experiments.publish                 run it into out/, check, copy
+    python -m experiments.publish --no-run        check and copy what an earlier run left in out/
+    python -m experiments.publish --no-run --commit 1a2b3c4    the same for a run where there was no git
+
+Copies the executed notebook, the grids in img/, the weights, and the rows of results/.
+"""
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+
+import utils
+from engine import files, records
+from experiments import ROOT
+
+SEEDS = 10
+
+
+class Refused(Exception):
+    """What came out may not be published; the message says why."""
+
+
+def execute(folder):
+    """Run the notebook into `folder` by papermill, with ten seeds of 20 epochs of CIFAR-10."""
+    settings = {"seeds": SEEDS, "epochs": utils.MAX_EPOCHS, "source": "cifar10", "folder": str(folder)}
+    parameters = [word for name, value in settings.items() for word in ("-p", name, str(value))]
+    command = [sys.executable, "-m", "papermill", "s8.ipynb", str(folder / "s8.ipynb"), *parameters]
+    subprocess.run(command, cwd=ROOT, check=True)
+
+
+def check_rows(rows, commit):
+    """Return the rows to publish, which name their commit; Refused unless all are there and of one clean commit."""
+    rows = rows.assign(commit=rows["commit"].where(rows["commit"] != "unknown", commit or "unknown"))
+    for net in utils.NETS:
+        seeds = rows["seed"][rows["net"] == net]
+        if sorted(seeds.astype(int)) != list(range(SEEDS)):
+            raise Refused(f"{net} has the seeds {sorted(seeds.astype(int))}; 0 to {SEEDS - 1} are published")
+    wanted = {"study": "main", "split": "test", "status": "done", "epochs": str(utils.MAX_EPOCHS)}
+    for column, value in wanted.items():
+        for found in set(rows[column].astype(str)) - {value}:
+            raise Refused(f"a row has {column} {found!r}; {value!r} is published")
+    commits = set(rows["commit"])
+    if len(commits) > 1 or commits == {"unknown"} or any("+" in one for one in commits):
+        raise Refused(f"the rows name the commit {', '.join(sorted(commits))}; one clean commit is published")
+    return rows
+
+
+def check_notebook(notebook):
+    """Return the executed notebook to publish, without papermill's marks; Refused if a cell failed or did not run."""
+    notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+    notebook.metadata = {name: notebook.metadata[name] for name in ("kernelspec", "language_info")}
+    count = 0
+    for number, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{number}"
+        cell.metadata = {name: value for name, value in cell.metadata.items() if name == "tags" and value}
+        if cell.cell_type != "code":
+            continue
+        if cell.execution_count is None:
+            raise Refused(f"cell {number} was not executed")
+        count += 1
+        cell.execution_count = count
+        for output in cell.outputs:
+            if "execution_count" in output:
+                output.execution_count = count
+            if output.output_type == "error" or output.get("name") == "stderr":
+                text = output.get("evalue") or output.get("text")
+                raise Refused(f"cell {number} ended in an error or a warning: {text.strip().splitlines()[-1]}")
+        cell.outputs = join_streams(cell.outputs)
+    return notebook
+
+
+def join_streams(outputs):
+    """Join what a cell printed, and of lines that overwrite each other (carriage returns) keep the last."""
+    joined = []
+    for output in outputs:
+        if joined and output.output_type == "stream" == joined[-1].output_type:
+            joined[-1].text += output.text
+        else:
+            joined.append(output)
+    for output in joined:
+        if output.output_type == "stream":
+            output.text = re.sub(r"[^\n]*\r(?!\n)", "", output.text)
+    return joined
+
+
+def publish(folder, commit=None, root=ROOT):
+    """Check what a run left in `folder`, then copy it to the checkout `root`; nothing is copied unless all is right."""
+    rows = check_rows(records.read_rows(folder / "results" / "runs.csv"), commit)
+    notebook = check_notebook(nbformat.read(folder / "s8.ipynb", as_version=4))
+    files = [Path("img") / f"{norm}.png" for norm in ("batch", "layer", "group")]
+    files += [Path("weights") / f"{net}.pt" for net in utils.NETS]
+    for file in files:
+        if not (folder / file).exists():
+            raise Refused(f"{folder / file} is not there")
+    tables = {name: pd.read_csv(folder / "results" / f"{name}.csv") for name in ("history", "mistakes", "inside")}
+    for file in files:
+        files.save(root / file, lambda temporary, file=file: shutil.copyfile(folder / file, temporary))
+    files.save(root / "s8.ipynb", lambda temporary: nbformat.write(notebook, temporary))
+    results = root / "results"
+    old = records.read_rows(results / "runs.csv")
+    records.upsert(results / "runs.csv", rows.to_dict("records"))
+    for name, table in tables.items():
+        files.save(results / f"{name}.csv", lambda temporary, table=table: table.to_csv(temporary, index=False))
+    return len(old)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=ROOT / "out", help="where the run is, or goes")
+    parser.add_argument("--no-run", action="store_true", help="check and copy what is there already")
+    parser.add_argument("--commit", help="the commit that ran, where there was no git")
+    options = parser.parse_args(arguments)
+    if not options.no_run:
+        commit = records.code_commit()
+        if commit == "unknown" or "+" in commit:
+            raise SystemExit(f"the code's commit is {commit!r}; commit first, since the rows name it")
+        execute(options.folder)
+    try:
+        publish(options.folder, options.commit)
+    except (Refused, OSError) as error:
+        raise SystemExit(f"not published: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Run what results/runs.csv does not hold yet of the sweeps.
+
+    python -m experiments.run                 all of them, in the order in which they need each other
+    python -m experiments.run tune rate       these alone
+    python -m experiments.run --dry-run       say what is missing and how long it should take
+    torchrun --nproc-per-node=2 -m experiments.run    the same by two processes, each on its own GPU
+
+Needs CIFAR-10. A finished run is in results/runs.csv at once, and skipped the next time.
+"""
+
+import argparse
+import collections
+import dataclasses
+import datetime
+import itertools
+import math
+import os
+import time
+
+import torch
+from tqdm import tqdm
+
+import utils
+from engine import fast, records
+from engine.data import load_data, validation_split
+from engine.trainer import Trainer
+from experiments import ROOT
+from experiments.sweeps import RUNS, SWEEPS, missing, planned, read_texts, waits
+
+# Runs share a GPU, so that one computes while another waits for its small kernels: three of the published batch, as
+# bench.py measures, and the more the smaller the batch is. Not measured: where more than 12 stop paying.
+IMAGES_AT_ONCE, AT_ONCE = 1_500, (3, 12)
+COMPILE_FROM = 15  # runs of a sweep, a process, that share a net: with fewer, compiling it takes longer than it saves
+TRAIN_IMAGES = {"test": 50_000, "validation": 45_000}
+
+
+def predict_seconds(sweep, todo, rows):
+    """Predict the seconds of runs on one GPU, at the median seconds a step of the GPU runs in `rows`; nan without."""
+    seen = rows[~rows["device"].str.startswith("cpu")] if len(rows) else rows
+    if seen.empty:
+        return math.nan
+    columns = ("seconds", "epochs", "batch_size", "train_images")
+    seconds, epochs, size, images = (seen[name].astype(float) for name in columns)
+    images_now = TRAIN_IMAGES[SWEEPS[sweep][0]]
+    steps = sum(one.epochs * (images_now // one.batch_size) for one in todo)
+    return (seconds / (epochs * (images // size))).median() * steps
+
+
+def run_sweep(sweep, data):
+    """Run what is missing of a sweep, a few runs at a time, each written when it ends."""
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rows = read_texts(RUNS)
+    mine = planned(sweep, rows)
+    alike = collections.Counter(map(program, mine))  # finished ones too, so that all of a sweep are trained alike
+    mine = mine[rank::world]
+    todo = [one for one in missing(sweep, rows) if one in mine]
+    if SWEEPS[sweep][0] == "validation":
+        data = validation_split(data)
+    with tqdm(total=len(todo), desc=sweep) as bar:
+        for part in parts(todo) if data.images.is_cuda else ([one] for one in todo):
+            compile = [data.images.is_cuda and alike[program(one)] >= COMPILE_FROM * world for one in part]
+            runs = train_together(sweep, part, data, compile)
+            records.upsert(RUNS, [run.row for run in runs])
+            bar.update(len(runs))
+
+
+def parts(todo):
+    """Yield lists of the runs that share a GPU, which have the same batch size: small batches, many runs."""
+    least, most = AT_ONCE
+    for size, alike in itertools.groupby(todo, key=lambda one: one.batch_size):
+        at_once = min(max(IMAGES_AT_ONCE // size, least), most)
+        while part := list(itertools.islice(alike, at_once)):
+            yield part
+
+
+def program(one):
+    """Return what experiments have in common that one compiled program serves."""
+    return one.net, one.widths, one.groups, one.layer_variant, one.statistics_batch, one.batch_size
+
+
+def train_together(sweep, todo, data, compile):
+    """Train several nets at the same time on one device, compiled or not: a `utils.Run` for each experiment."""
+    if data.images.device.type == "cpu":
+        fast.keep_memory()
+    started = time.perf_counter()
+    nets = [one.build() for one in todo]
+    trainers = [
+        Trainer(net, data, one, compile=compiled, stream=number)
+        for number, (net, one, compiled) in enumerate(zip(nets, todo, compile, strict=True))
+    ]
+    for _ in itertools.zip_longest(*map(all_epochs, trainers)):
+        pass  # a step of each in turn: all of an epoch would fill the GPU's queue, and the other nets would wait
+    for trainer in trainers:
+        trainer.means()
+    seconds = (time.perf_counter() - started) / len(todo)
+    runs = []
+    for net, one, trainer in zip(nets, todo, trainers, strict=True):
+        run = utils.finish(one.net, net, data, one, [], sweep, seconds, diverged=bool(trainer.diverged))
+        runs.append(dataclasses.replace(run, row=run.row | one.columns()))
+    return runs
+
+
+def all_epochs(trainer):
+    """Yield after each step of a run, of all epochs up to that in which it diverged."""
+    for _ in range(trainer.settings.epochs):
+        yield from trainer.epoch()
+        with trainer.on_stream():
+            if trainer.diverged:
+                return
+
+
+def describe(sweep, rows):
+    """Return one line: how many runs of a sweep are missing, and how long they should take."""
+    if waits(sweep, rows):
+        return f"{sweep}: waits for {SWEEPS[sweep][2]}"
+    todo = missing(sweep, rows)
+    seconds = predict_seconds(sweep, todo, rows)
+    minutes = "no GPU run so far to predict from" if math.isnan(seconds) else f"about {seconds / 60:.1f} GPU minutes"
+    return f"{sweep}: {len(todo)} of {len(planned(sweep, rows))} runs missing, {minutes}"
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sweeps", nargs="*", metavar="SWEEP", help=f"run these alone: {', '.join(SWEEPS)}")
+    parser.add_argument("--dry-run", action="store_true", help="say what is missing, run nothing")
+    parser.add_argument("--commit", help="the commit that the rows name, where there is no git")
+    options = parser.parse_args(arguments)
+    for name in options.sweeps:
+        if name not in SWEEPS:
+            parser.error(f"sweep is {name!r}; choose from {', '.join(SWEEPS)}")
+    chosen = [sweep for sweep in SWEEPS if sweep in (options.sweeps or SWEEPS)]
+    if options.dry_run:
+        rows = read_texts(RUNS)
+        print(*(describe(sweep, rows) for sweep in chosen), sep="\n")
+        return
+    if options.commit:
+        records.set_commit(options.commit)
+    if not torch.cuda.is_available() and not options.sweeps:
+        parser.error("there is no GPU here, where all sweeps would take days: name one")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    # All nets share one forward, of which torch.compile keeps 8 kinds and would then go on without compiling.
+    torch._dynamo.config.recompile_limit = 64
+    data = load_data(utils.pick_device(), "cifar10", ROOT / "data")
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if several:
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=1))
+    for sweep in chosen:
+        if several and SWEEPS[sweep][2]:
+            torch.distributed.barrier()  # another process may still be at what this sweep waits for
+        if waits(sweep, read_texts(RUNS)):
+            print(f"{sweep}: waits for {SWEEPS[sweep][2]}")
+        run_sweep(sweep, data)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""The sweeps, as lists of experiments.
+
+A sweep is a function of the rows so far (results/runs.csv, all values as text) that returns its experiments. The
+validation split is for choices, the test split for what is published.
+"""
+
+import itertools
+
+import numpy as np
+import pandas as pd
+
+import models
+from engine.trainer import OPTIMIZERS
+from experiments import ROOT
+from experiments.variants import Experiment
+from utils import LEARNING_RATES, NETS, Settings
+
+RUNS = ROOT / "results" / "runs.csv"
+WITH_CONTROL = (*NETS, "Net")
+AUGMENTED_WEIGHT_DECAY = 0.1  # with flip and crop: best over the three nets in the sweep tune
+
+# Grids of learning rates, half a decade apart, and weight decays for each optimizer.
+RATES = {
+    "sgd": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
+    "adamw": (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1),
+    "muon": (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
+}
+DECAYS = {
+    "sgd": (0.0, 0.0005, 0.005, 0.015, 0.05),
+    "adamw": (0.01, 0.1, 1.0, 3.0, 10.0),
+    "muon": (0.05, 0.5, 1.5, 5.0, 15.0),
+}
+MOMENTUM = {"sgd": 0.9, "adamw": 0.9, "muon": Settings.momentum}
+GHOST_BATCHES = (2, 4, 8, 16, 32, "")  # images; "": the whole batch, 512 here, which they divide
+WIDTHS = {  # parameters: output channels
+    9_410: (8, 16, 8, 8, 8, 8, 8, 16, 16, 16),
+    19_758: (12, 20, 16, 16, 16, 16, 12, 20, 20, 20),
+    34_918: (12, 28, 20, 20, 20, 20, 20, 28, 28, 28),
+}
+LAYER_WIDTHS = (2, 4, 8, 8, 8, 8, 16, 24, 24, 24)  # what 50,000 parameters leave to nn.LayerNorm([C, H, W]): 49,880
+SETTING = ["optimizer", "net", "learning_rate", "weight_decay"]
+
+
+def experiments(nets, seeds, changes=({},), variants=({},)):
+    """List an Experiment for each of the first seeds, variants, changes to the published settings, and nets."""
+    return [
+        Experiment(**({"net": net, "learning_rate": LEARNING_RATES.get(net, 0.03), "seed": seed} | change | variant))
+        for seed, variant, change, net in itertools.product(range(seeds), variants, changes, nets)
+    ]
+
+
+def tune(rows):
+    rates = [{"learning_rate": rate} for rate in (0.015, 0.03, 0.06, 0.12)]
+    decays = [{"weight_decay": decay, "augment": "flip+crop"} for decay in (0.05, 0.1, 0.2, 0.5)]
+    return experiments(NETS, 2, rates + decays)
+
+
+def augment(rows):
+    return experiments(NETS, 10, [{"weight_decay": AUGMENTED_WEIGHT_DECAY, "augment": "flip+crop"}])
+
+
+def tuning(optimizer, net, learning_rate, decay, seeds, **variant):
+    """List the experiments of one optimizer, net and setting, one for each of the first seeds."""
+    change = {"learning_rate": float(learning_rate), "weight_decay": float(decay)}
+    return experiments([net], seeds, [change | {"optimizer": optimizer, "momentum": MOMENTUM[optimizer]}], [variant])
+
+
+def rate(rows):
+    """List all of the grid with one seed, each pair of optimizer and net alike."""
+    return [
+        experiment
+        for name, net in itertools.product(OPTIMIZERS, WITH_CONTROL)
+        for learning_rate, decay in itertools.product(RATES[name], DECAYS[name])
+        for experiment in tuning(name, net, learning_rate, decay, 1)
+    ]
+
+
+def rate_seeds(rows):
+    """List two seeds more at each learning rate, with the decay that was best in `rate`."""
+    return [one for setting in best_decays(rows) for one in tuning(*setting, 3) if one.seed > 0]
+
+
+def optimizer(rows):
+    """List ten seeds of each optimizer and net at what was best of all three seeds."""
+    return [one for setting in best_settings(rows) for one in tuning(*setting, 10)]
+
+
+def initial(rows):
+    """List the control from Kaiming initial weights, at the rates of `rate` and the second of its decays."""
+    return [
+        one
+        for name in OPTIMIZERS
+        for learning_rate in RATES[name]
+        for one in tuning(name, "Net", learning_rate, DECAYS[name][1], 3, initial_weights="he")
+    ]
+
+
+def batch(rows):
+    ghosts = [{"statistics_batch": size} for size in GHOST_BATCHES]
+    return experiments(["NetA"], 3, [{"batch_size": 512}], ghosts) + experiments(
+        ("NetB", "NetC"), 3, [{"batch_size": 512}]
+    )
+
+
+def batch_rate(rows):
+    """List learning rates at both ends of the batch sizes, as multiples of the published ones; one seed."""
+    factors = {32: (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2), 1024: (1 / 2, 1, 2, 4)}
+    return [
+        Experiment(net=net, learning_rate=factor * LEARNING_RATES[net], batch_size=size)
+        for size in factors
+        for factor, net in itertools.product(factors[size], NETS)
+    ]
+
+
+def batch_size(rows):
+    """List the batch sizes, each end at its best rate, what lies between interpolated."""
+    means = validation_means(rows[rows["study"] == "batch-rate"], ["net", "batch_size", "learning_rate"])
+    found = []
+    for size, net in itertools.product((32, 64, 128, 256, 1024), NETS):
+        ends = [float(means[net, str(end)].idxmax()) for end in (32, 1024)]
+        rate = np.interp(np.log([size]), np.log([32, 500, 1024]), np.log([ends[0], LEARNING_RATES[net], ends[1]]))
+        found += experiments([net], 3, [{"batch_size": size, "learning_rate": float(f"{np.exp(rate[0]):.3g}")}])
+    return sorted(found, key=lambda one: (one.batch_size, one.seed))  # alike ones at the same time
+
+
+def group_counts(rows):
+    return experiments(["NetC"], 3, variants=[{"groups": count} for count in (1, 2, 4, 8, "C")])
+
+
+def layer(rows):
+    narrow = {"layer_variant": "[C,H,W]", "widths": LAYER_WIDTHS}
+    return experiments(["NetB"], 3, variants=[{}, {"layer_variant": "C"}, {"layer_variant": "[C,H,W]"}, narrow])
+
+
+def width(rows):
+    return experiments(NETS, 3, variants=[{"widths": widths} for widths in (*WIDTHS.values(), models.WIDTHS)])
+
+
+def epochs(rows):
+    return experiments(NETS, 3, [{"epochs": count} for count in (5, 10, 20, 40)])
+
+
+def flip(rows):
+    small = [{"weight_decay": AUGMENTED_WEIGHT_DECAY, "augment": name} for name in ("none", "flip")]
+    large = [{"weight_decay": 0.5, "augment": name} for name in ("flip", "flip+crop")]
+    return experiments(NETS, 3, small + large)
+
+
+# Sweep: the split that it is scored on, its function, and the sweep whose rows it needs first.
+# results/runs.csv has two more, which ran before: optimizer-h200, on another GPU, batch-size-first, at higher rates.
+SWEEPS = {
+    "tune": ("validation", tune, None),
+    "augment": ("test", augment, None),
+    "rate": ("validation", rate, None),
+    "rate-seeds": ("validation", rate_seeds, "rate"),
+    "optimizer": ("test", optimizer, "rate-seeds"),
+    "initial": ("validation", initial, None),
+    "batch": ("test", batch, None),
+    "batch-rate": ("validation", batch_rate, None),
+    "batch-size": ("test", batch_size, "batch-rate"),
+    "groups": ("test", group_counts, None),
+    "layer": ("test", layer, None),
+    "width": ("test", width, None),
+    "epochs": ("test", epochs, None),
+    "flip": ("test", flip, None),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is there, what is missing, what was best
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_texts(path=RUNS):
+    """Return the rows of results/runs.csv with all values as text."""
+    if not path.exists():
+        return pd.DataFrame(columns=["study"])
+    return pd.read_csv(path, dtype=str, keep_default_na=False)
+
+
+def planned(sweep, rows):
+    """List a sweep's experiments; none while the sweep that it needs is not finished."""
+    _, make, needed = SWEEPS[sweep]
+    return [] if needed and waits(sweep, rows) else make(rows)
+
+
+def waits(sweep, rows):
+    """Return whether the sweep that this one needs still has runs to do."""
+    needed = SWEEPS[sweep][2]
+    return needed is not None and (waits(needed, rows) or bool(missing(needed, rows)))
+
+
+def missing(sweep, rows):
+    """List the experiments of a sweep that `rows` do not hold."""
+    wanted = {one: one.columns() for one in planned(sweep, rows)}
+    if not wanted:
+        return []
+    names = list(next(iter(wanted.values())))
+    done = set(rows[rows["study"] == sweep].reindex(columns=names, fill_value="").itertuples(index=False, name=None))
+    return [one for one, columns in wanted.items() if tuple(columns[name] for name in names) not in done]
+
+
+def validation_means(rows, keys):
+    """Return the mean validation accuracy by `keys`, columns of settings; nan where a run diverged."""
+    accuracy = pd.to_numeric(rows["validation_accuracy"], errors="coerce").rename("accuracy")
+    return accuracy.groupby([rows[key] for key in keys]).agg(lambda values: values.mean(skipna=False))
+
+
+def best_decays(rows):
+    """List a SETTING for each optimizer, net and learning rate of `rate`: that with the best weight decay.
+
+    There is none where all runs diverged.
+    """
+    accuracy = validation_means(rows[rows["study"] == "rate"], SETTING).dropna()
+    return list(accuracy.groupby(SETTING[:-1]).idxmax())
+
+
+def best_settings(rows):
+    """List the SETTING of each optimizer and net with the best mean over three seeds, of which none diverged."""
+    chosen = pd.DataFrame(best_decays(rows), columns=SETTING)
+    runs = rows[rows["study"].isin(("rate", "rate-seeds"))].merge(chosen, on=SETTING)
+    runs = runs.groupby(SETTING).filter(lambda seeds: len(seeds) == 3)
+    return list(validation_means(runs, SETTING).dropna().groupby(SETTING[:2]).idxmax())

@@ -1,0 +1,114 @@
+"""Variants of the published nets, and `Experiment`: one run of a net or of a variant."""
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+import models
+import utils
+from models import NORM_OF
+
+SIDES = {"C1": 32, "C2": 32, "C4": 16, "C5": 16, "C6": 16, "C8": 8, "C9": 8, "C10": 8}  # pixels, height and width
+
+
+class GhostBatchNorm(nn.BatchNorm2d):
+    """Batch norm over ghost batches: in training, each `size` images of a batch share their statistics.
+
+    Hoffer et al. 2017, https://arxiv.org/abs/1705.08741. (N, C, H, W) to the same shape; `size` divides N.
+    """
+
+    def __init__(self, channels, size):
+        super().__init__(channels)
+        self.size = size
+
+    def extra_repr(self):
+        return f"{super().extra_repr()}, size={self.size}"
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        ghosts = x.float().unflatten(0, (-1, self.size))  # (N / size, size, C, H, W)
+        variance, mean = torch.var_mean(ghosts, (1, 3, 4), correction=0, keepdim=True)
+        with torch.no_grad():
+            count = ghosts[0, :, 0].numel()
+            self.running_mean.lerp_(mean.mean(0).flatten(), self.momentum)
+            self.running_var.lerp_(variance.mean(0).flatten() * count / (count - 1), self.momentum)
+        scale, shift = self.weight.view(-1, 1, 1), self.bias.view(-1, 1, 1)
+        return ((ghosts - mean) * (variance + self.eps).rsqrt() * scale + shift).flatten(0, 1).to(x.dtype)
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """Layer norm over the channels of each pixel, (N, C, H, W) to the same shape."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def kaiming_init(net, seed):
+    """Draw the convolutions' weights so that the signal keeps its size from layer to layer (He et al. 2015).
+
+    https://arxiv.org/abs/1502.01852. Before an activation PyTorch's own weights are smaller by the square root of 6.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, module in net.named_modules():
+        if isinstance(module, nn.Conv2d):
+            follows = "relu" if name.endswith(".conv") else "linear"  # c3, c7 and c11 have no activation
+            nn.init.kaiming_normal_(module.weight, nonlinearity=follows, generator=generator)
+
+
+@dataclass(frozen=True)
+class Experiment(utils.Settings):
+    """Settings, net and variant of one run. ValueError, by name, for a variant that the net does not have."""
+
+    net: str = "NetA"
+    widths: tuple = models.WIDTHS
+    groups: int | str = ""  # of group norm; "C": as many as channels, which is instance norm; "": four
+    layer_variant: str = (
+        ""  # "C": LayerNorm2d; "[C,H,W]": nn.LayerNorm's scale and shift per position; "": as published
+    )
+    statistics_batch: int | str = ""  # size of GhostBatchNorm, images; "": the whole batch
+    initial_weights: str = ""  # "he": kaiming_init; "": PyTorch's
+
+    def __post_init__(self):
+        super().__post_init__()
+        utils.choose("net", self.net, NORM_OF)
+        utils.choose("layer_variant", self.layer_variant, ("", "C", "[C,H,W]"))
+        utils.choose("initial_weights", self.initial_weights, ("", "he"))
+        for name, net in (("groups", "NetC"), ("layer_variant", "NetB"), ("statistics_batch", "NetA")):
+            if getattr(self, name) != "" and self.net != net:
+                raise ValueError(f"{name} is {getattr(self, name)!r} and net {self.net}; only {net} has one")
+        if self.statistics_batch != "":
+            models.whole_number("statistics_batch", self.statistics_batch, 2, self.batch_size)
+            if self.batch_size % self.statistics_batch:
+                raise ValueError(
+                    f"statistics_batch is {self.statistics_batch}; give a divisor of the batch size, {self.batch_size}"
+                )
+        groups = 1 if self.groups in ("", "C") else self.groups
+        models.check(NORM_OF[self.net], groups, self.widths, 10, 3)
+
+    def build(self):
+        """Build the net; its initial weights are drawn from the seed alone, so variants of a net share them."""
+        options = {} if self.groups in ("", "C") else {"groups": self.groups}
+        net = utils.build(self.net, self, widths=self.widths, **options)
+        for name, side in SIDES.items():
+            block = getattr(net, name)
+            channels = block.conv.out_channels
+            if self.groups == "C":
+                block.norm = nn.GroupNorm(channels, channels)
+            if self.layer_variant == "C":
+                block.norm = LayerNorm2d(channels)
+            if self.layer_variant == "[C,H,W]":
+                block.norm = nn.LayerNorm([channels, side, side])
+            if self.statistics_batch:
+                block.norm = GhostBatchNorm(channels, self.statistics_batch)
+        if self.initial_weights == "he":
+            kaiming_init(net, self.seed)
+        return net
+
+    def columns(self):
+        """Return what tells this run apart in results/runs.csv, as {column: text}."""
+        published = utils.statistics_columns(NORM_OF[self.net], 4, self.batch_size)
+        variant = {name: getattr(self, name) or value for name, value in published.items()}
+        columns = asdict(self) | variant | {"widths": " ".join(map(str, self.widths))}
+        return {name: str(value) for name, value in columns.items()}
