@@ -84,7 +84,7 @@ def output_folder(path):
     folder, home = (Path(os.path.realpath(os.path.expanduser(place))) for place in (path, "~"))
 
     def is_checkout(place):
-        return (place / "models.py").exists() or (place / "s8.ipynb").exists()
+        return (place / "models.py").exists() or (place / ".git").exists()
 
     try:
         if is_checkout(folder) or folder in (folder.parent, home) or ".git" in map(str.lower, folder.parts):

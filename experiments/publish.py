@@ -95,13 +95,13 @@ def publish(folder, commit=None, root=ROOT):
     """Check what a run left in `folder`, then copy it to the checkout `root`; nothing is copied unless all is right."""
     rows = check_rows(records.read_rows(folder / "results" / "runs.csv"), commit)
     notebook = check_notebook(nbformat.read(folder / "s8.ipynb", as_version=4))
-    files = [Path("img") / f"{norm}.png" for norm in ("batch", "layer", "group")]
-    files += [Path("weights") / f"{net}.pt" for net in utils.NETS]
-    for file in files:
+    copies = [Path("img") / f"{norm}.png" for norm in ("batch", "layer", "group")]
+    copies += [Path("weights") / f"{net}.pt" for net in utils.NETS]
+    for file in copies:
         if not (folder / file).exists():
             raise Refused(f"{folder / file} is not there")
     tables = {name: pd.read_csv(folder / "results" / f"{name}.csv") for name in ("history", "mistakes", "inside")}
-    for file in files:
+    for file in copies:
         files.save(root / file, lambda temporary, file=file: shutil.copyfile(folder / file, temporary))
     files.save(root / "s8.ipynb", lambda temporary: nbformat.write(notebook, temporary))
     results = root / "results"
