@@ -141,7 +141,7 @@ def train(net, data, settings, label="", track=True, compile=False, checkpoint=N
                 records.write_checkpoint(checkpoint, run, history, trainer.state_dict())
         bar_format = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}{postfix}"
         total, done = trainer.steps * settings.epochs, trainer.steps * len(history)
-        with tqdm(total=total, initial=done, desc=label, file=sys.stdout, bar_format=bar_format) as bar:
+        with tqdm(total=total, initial=done, desc=label, file=sys.stdout, bar_format=bar_format, mininterval=1) as bar:
             for epoch in range(len(history) + 1, settings.epochs + 1):
                 epoch_started = time.perf_counter()
                 for _ in trainer.epoch():
@@ -156,7 +156,7 @@ def train(net, data, settings, label="", track=True, compile=False, checkpoint=N
                 if checkpoint:
                     records.write_checkpoint(checkpoint, run, history, trainer.state_dict())
                 message = f"epoch {epoch}, loss {loss:.3f}, train {accuracy:.1f}%"
-                bar.set_postfix_str(message + (f", {data.split} {tested:.1f}%" if track else ""))
+                bar.set_postfix_str(message + (f", {data.split} {tested:.1f}%" if track else ""), refresh=False)
     return history
 
 
@@ -300,7 +300,8 @@ def summarize(rows):
         train_accuracy=("train_accuracy", "mean"),
         seconds=("seconds", "median"),
     )
-    return table.round({"test_accuracy": 2, "std": 2, "train_accuracy": 2, "seconds": 1}).reset_index()
+    table = table.round({"test_accuracy": 2, "std": 2, "train_accuracy": 2, "seconds": 1}).reset_index()
+    return table.drop(columns=[key for key in ("study", "augment") if set(table[key]) <= {"main", "short", "none"}])
 
 
 def welch(first, second):
@@ -383,12 +384,12 @@ def plot_mistakes(run, data, path=None, votes=None):
     for (image, text), index in zip(axes.reshape(10, 2), chosen, strict=False):
         image.imshow(data.test_images[index].cpu().numpy(), interpolation="nearest")
         guess, truth = data.classes[scores.predictions[index]], data.classes[labels[index]]
-        text.text(0, 0.86, guess, fontsize=15, weight="bold", color=COLORS[run.row["norm"]])
-        text.text(0, 0.68, f"{100 * scores.confidences[index]:.0f}% confident", fontsize=11)
-        text.text(0, 0.46, f"label: {truth}", fontsize=12)
+        confidence = f"net: {guess}, {100 * scores.confidences[index]:.0f}%"
+        text.text(0, 0.78, confidence, fontsize=13, weight="bold", color=COLORS[run.row["norm"]])
+        text.text(0, 0.54, f"label: {truth}", fontsize=13)
         if votes is not None:
-            text.text(0, 0.28, f"people: {describe_votes(votes[index], data.classes)}", fontsize=11)
-        text.text(0, 0.06, f"test image {index}", fontsize=10, color="#555555")
+            text.text(0, 0.32, f"people: {describe_votes(votes[index], data.classes)}", fontsize=11.5)
+        text.text(0, 0.08, f"test image {index}", fontsize=10, color="#555555")
     if path:
         save_figure(path, figure)
     return figure

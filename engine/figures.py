@@ -27,12 +27,12 @@ def save_figure(path, figure):
 
 
 def plot_samples(data):
-    """Draw four training images of each class, a column per class."""
-    figure, axes = plt.subplots(4, len(data.classes), figsize=(10, 4.4), layout="constrained")
+    """Draw two training images of each class, a column per class."""
+    figure, axes = plt.subplots(2, len(data.classes), figsize=(10, 2.6), dpi=72, layout="constrained")
     figure.suptitle(title("Training images", data))
     for label, column in enumerate(axes.T):
         column[0].set_title(data.classes[label], fontsize=10)
-        for axis, index in zip(column, (data.labels == label).nonzero().flatten()[:4], strict=False):
+        for axis, index in zip(column, (data.labels == label).nonzero().flatten()[:2], strict=False):
             axis.imshow(data.images[index].cpu().numpy())
     for axis in axes.flat:
         axis.axis("off")
@@ -51,7 +51,9 @@ def plot_curves(runs, data):
         panels = ((axes[0], "loss", "-"), (axes[1], "test_accuracy", "-"), (axes[1], "train_accuracy", ":"))
         for axis, column, line in panels:
             mean, low, high = (getattr(histories[column], name)() for name in ("mean", "min", "max"))
-            axis.plot(mean.index, mean, line, color=COLORS[norm], label=f"{norm} norm" if line == "-" else None)
+            axis.plot(
+                mean.index, mean, line, marker=".", color=COLORS[norm], label=f"{norm} norm" if line == "-" else None
+            )
             if line == "-" and len(group) > 1:
                 axis.fill_between(mean.index, low, high, color=COLORS[norm], alpha=0.2, linewidth=0)
     axes[0].set(xlabel="epoch", ylabel="training loss")
@@ -70,7 +72,9 @@ def plot_confusions(runs, data):
         for norm, run in runs.items()
     }
     highest = max(1, *(count.max() for count in counts.values()))
-    figure, axes = plt.subplots(1, len(runs), figsize=(15, 5.8), layout="constrained", squeeze=False, sharey=True)
+    figure, axes = plt.subplots(
+        1, len(runs), figsize=(15, 6.4), dpi=72, layout="constrained", squeeze=False, sharey=True
+    )
     figure.suptitle(title(f"Mistakes by true and predicted class, {seeds_of(runs)}", data), fontsize=15)
     for axis, (norm, count) in zip(axes[0], counts.items(), strict=True):
         axis.imshow(count, cmap="Greys", vmin=0, vmax=highest)
@@ -79,6 +83,7 @@ def plot_confusions(runs, data):
                 ink = "white" if value > highest / 2 else "black"
                 axis.text(column, row, value, ha="center", va="center", fontsize=11, color=ink)
         axis.set_title(f"{norm} norm", color=COLORS[norm], fontsize=14)
+        axis.set_anchor("N")
         axis.set_xticks(range(len(data.classes)), data.classes, rotation=60, ha="right", fontsize=12)
         axis.set_yticks(range(len(data.classes)), data.classes, fontsize=12)
         axis.set_xlabel("predicted", fontsize=12)
