@@ -115,7 +115,7 @@ class Net(nn.Sequential):
                 c11=nn.Conv2d(widths[-1], classes, 1),
             )
         )
-        self.norm, self.groups, self.widths = norm, groups, tuple(widths)
+        self.norm, self.groups, self.widths = norm, int(groups), tuple(map(int, widths))
 
     def forward(self, x):
         return super().forward(x).flatten(1)
@@ -163,9 +163,13 @@ def show(value):
 
 def whole_number(name, value, low=1, high=2**32 - 1):
     """Return `value` as an int; ValueError, in one line, unless it is a whole number from `low` to `high`."""
-    if isinstance(value, bool) or not hasattr(value, "__index__") or not low <= operator.index(value) <= high:
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or not low <= number <= high:
         raise ValueError(f"{name} is {show(value)}; give a whole number from {low} to {high}")
-    return operator.index(value)
+    return number
 
 
 def check(norm, groups, widths, classes, in_channels):

@@ -286,14 +286,20 @@ def save_runs(runs, data, folder):
         (folder / "checkpoints" / f"{name}-{one.row['seed']}.pt").unlink(missing_ok=True)
 
 
+def mixed_settings(rows):
+    """List the columns of settings, without the seed, in which rows of results/runs.csv of one net differ."""
+    settings = rows.columns.difference(records.MEASURED | {"seed", "net"}, sort=False)
+    return [name for name in settings if rows.groupby("net")[name].nunique(dropna=False).max() > 1]
+
+
 def summarize(rows):
     """Tabulate rows of results/runs.csv, a line per net and setting: accuracies in percent, n seeds.
 
-    Seconds are the median of a run.
+    Settings in which the rows of a net differ have a column each. Seconds are the median of a run.
     """
-    keys = ["net", "norm", "study", "epochs", "augment", "parameters"]
-    groups = pd.DataFrame(rows).astype({"train_accuracy": float, "test_accuracy": float}).groupby(keys, sort=False)
-    table = groups.agg(
+    rows = pd.DataFrame(rows).astype({"train_accuracy": float, "test_accuracy": float})
+    keys = dict.fromkeys(["net", "norm", "study", "epochs", "augment", "parameters", *mixed_settings(rows)])
+    table = rows.groupby(list(keys), sort=False, dropna=False).agg(
         test_accuracy=("test_accuracy", "mean"),
         std=("test_accuracy", "std"),
         n=("seed", "count"),
@@ -329,8 +335,10 @@ def compare(rows, pairs=(("batch", "layer"), ("batch", "group"), ("group", "laye
         own = rows[rows["norm"] == norm]
         if own.empty:
             raise ValueError(f"no row has the norm {norm!r}; there are {', '.join(sorted(set(rows['norm'])))}")
+        if mixed := mixed_settings(own):
+            raise ValueError(f"the rows of {norm} norm differ in {', '.join(mixed)}; compare rows of one setting")
         if own["seed"].duplicated().any():
-            raise ValueError(f"the rows of {norm} norm hold a seed twice; compare rows of one setting")
+            raise ValueError(f"the rows of {norm} norm hold a seed twice; give each run once")
         accuracy[norm] = own["test_accuracy"].astype(float)
     lines = []
     for first, second in pairs:
@@ -377,8 +385,8 @@ def plot_mistakes(run, data, path=None, votes=None):
     labels, scores = data.test_labels.cpu(), run.scores
     chosen = most_confident_mistakes(scores.predictions, scores.confidences, labels).tolist()
     figure, axes = plt.subplots(5, 4, figsize=(8, 9.2), width_ratios=(1, 1.5) * 2, layout="constrained")
-    heading = f"The {len(chosen) or 'no'} most confident mistakes\n{run.name}"
-    figure.suptitle(title(heading, data), fontsize=14)
+    heading = f"The {len(chosen)} most confident mistakes" if chosen else "No mistakes"
+    figure.suptitle(title(f"{heading}\n{run.name}", data), fontsize=14)
     for axis in axes.flat:
         axis.axis("off")
     for (image, text), index in zip(axes.reshape(10, 2), chosen, strict=False):

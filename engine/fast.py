@@ -150,7 +150,8 @@ def can_compile(device):
     try:
         torch.compile(torch.sin)(torch.zeros(1, device=device))
     except Exception as error:  # of many kinds: no C compiler, no Triton, a GPU that is too old
-        print(f"torch.compile does not work here, training without it: {str(error).strip().splitlines()[0]}")
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        print(f"torch.compile does not work here, training without it: {reason[0]}")
         return False
     return True
 

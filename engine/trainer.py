@@ -127,13 +127,14 @@ class Trainer:
         tensors += [self.counts, self.diverged]
         before = [tensor.detach().clone() for tensor in tensors]
         graph = torch.cuda.CUDAGraph()
-        self.stream.wait_stream(torch.cuda.current_stream())
+        device = self.stream.device  # not always the current one
+        self.stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self.stream):
             for _ in range(2):  # libraries set themselves up in their first calls, which can't be recorded
                 self.step()
                 self.epoch_step.zero_()
                 self.global_step.zero_()
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
         collecting = gc.isenabled()
         gc.disable()  # to free another net's graph now would end the recording
         try:
@@ -147,7 +148,7 @@ class Trainer:
                 tensor.copy_(value)
             for tensor in self.optimizer_tensors():  # momentum and the like all begin at 0
                 tensor.zero_()
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
         return graph.replay
 
     def epoch(self):
@@ -157,7 +158,8 @@ class Trainer:
         seen the same way twice in a row (Jordan 2024, https://arxiv.org/abs/2404.00498). Crops are drawn each epoch.
         """
         if self.stream:
-            self.stream.wait_stream(torch.cuda.current_stream())  # where the state may just have been loaded
+            # The state may just have been loaded on the current stream.
+            self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
         with self.on_stream():
             device, n = self.order.device, len(self.data.images)
             order = torch.randperm(n, generator=self.generator, device=device)
