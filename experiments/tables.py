@@ -1,0 +1,531 @@
+"""Tables of what results/ holds: functions from rows to pandas DataFrames of numbers.
+
+`rows` are those of results/runs.csv (`read_results`), one training run each. Accuracies are in percent, differences in
+percentage points. A difference in column `x` has its 95% interval in the columns `x, low` and `x, high`; `show` joins
+the three. Intervals and p values are Welch's: runs of two nets with the same seed are no more alike than any others
+(`correlations`), so pairing them would gain nothing.
+"""
+
+import collections
+import itertools
+from decimal import ROUND_HALF_UP, Decimal
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from experiments import ROOT
+from experiments.sweeps import SETTING, best_decays, best_settings, validation_means
+
+RESULTS = ROOT / "results"
+NORMS = ("batch", "layer", "group")
+ALL = (*NORMS, "none")  # with the control: scale and shift, no statistics
+OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW", "muon": "Muon"}
+CHANCE = 10.0  # percent, with ten classes
+LEADS = (("batch", "layer"), ("batch", "group"))
+
+
+def read_results(name="runs"):
+    """Read a CSV file of results/ as a DataFrame."""
+    return pd.read_csv(RESULTS / f"{name}.csv")
+
+
+def claim(text, condition):
+    """Print `text` with a check mark when the rows support it; raise AssertionError with `text` when they do not."""
+    if not bool(condition):
+        raise AssertionError(f"the rows do not support: {text}")
+    print(f"✓ {text}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers as text
+# ---------------------------------------------------------------------------------------------------------------------
+
+DIGITS = {"std": 2, "correlation": 2, "seconds per run": 1, "minutes": 0}  # of some columns, whatever `show` is told
+
+
+def decimal_round(value, digits):
+    """Round a number half up by its decimal value: 1.35 to 1.4, 0.775 to 0.78. Returns a Decimal, never -0.
+
+    A mean of accuracies is a decimal, too, but the nearest binary number may lie just below a tie, and `round` and
+    `format` then round it down. So what is beyond nine decimals counts as such an error.
+    """
+    rounded = Decimal(f"{value:.9f}").quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP)
+    return rounded if rounded else abs(rounded)
+
+
+def show(frame, digits=2):
+    """Format a table for reading: numbers rounded to `digits` decimals, a difference and its interval in one column."""
+    columns = {}
+    for name in frame:
+        if str(name).endswith((", low", ", high")):
+            continue
+        if f"{name}, low" in frame:
+            triples = zip(frame[name], frame[f"{name}, low"], frame[f"{name}, high"], strict=True)
+            columns[f"{name} (95% interval)"] = [interval_text(*triple, digits) for triple in triples]
+        else:
+            columns[name] = [number_text(name, value, DIGITS.get(name, digits)) for value in frame[name]]
+    index = frame.index if frame.index.nlevels > 1 else frame.index.map(label_text)
+    index = index.set_names([str(name or "").replace("_", " ") for name in frame.index.names])
+    shown = pd.DataFrame(columns, index=index).rename(columns=label_text)
+    return shown.rename_axis(columns=frame.columns.name and frame.columns.name.replace("_", " "))
+
+
+def markdown(frame):
+    """Write a DataFrame of text as a Markdown table."""
+    frame = frame.reset_index().astype(str)
+    head, *lines = ("| " + " | ".join(line) + " |" for line in [list(frame.columns), *frame.to_numpy().tolist()])
+    return "\n".join([head, "|---" * frame.shape[1] + "|", *lines])
+
+
+def interval_text(value, low, high, digits):
+    """Format a difference and its interval, "+0.67 (+0.43 to +0.91)"; a dash for nan."""
+    if np.isnan(value):
+        return "-"
+    value, low, high = (f"{decimal_round(one, digits):+}" if np.isfinite(one) else "" for one in (value, low, high))
+    return f"{value} ({low} to {high})" if low else value
+
+
+def number_text(name, value, digits):
+    """Format one number of the column `name`; text stays as it is, and nan is a dash."""
+    if isinstance(value, bool | np.bool_):
+        return "yes" if value else "no"
+    if isinstance(value, str):
+        return value
+    if pd.isna(value):
+        return "-"
+    if str(name).startswith("p,"):
+        return "< 0.001" if value < 0.001 else f"{decimal_round(value, 3)}"
+    if name in ("learning rate", "weight decay"):
+        return f"{value:g}"
+    return f"{value:,}" if isinstance(value, int | np.integer) else f"{decimal_round(value, digits):,}"
+
+
+def label_text(label):
+    """Format a label of an axis: 48,042 and 0.1, text as it is."""
+    if isinstance(label, int | np.integer):
+        return f"{label:,}"
+    return f"{label:g}" if isinstance(label, float) else label
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics
+# ---------------------------------------------------------------------------------------------------------------------
+
+Contrast = collections.namedtuple("Contrast", "points low high p")
+
+
+def contrast(*samples, weights=(1, -1)):
+    """Estimate a weighted sum of the means of independent samples, with its 95% interval and p value.
+
+    The degrees of freedom are Welch's and Satterthwaite's. Two samples with weights 1 and -1 are Welch's t test; four
+    with 1, -1, -1, 1 compare two differences. Interval and p are nan when a sample has one value or none varies.
+    """
+    samples = [np.asarray(sample, dtype=float) for sample in samples]
+    points = sum(weight * sample.mean() for weight, sample in zip(weights, samples, strict=True))
+    if min(map(len, samples)) < 2:
+        return Contrast(points, np.nan, np.nan, np.nan)
+    parts = [weight**2 * sample.var(ddof=1) / len(sample) for weight, sample in zip(weights, samples, strict=True)]
+    error = np.sqrt(sum(parts))
+    if error == 0:
+        return Contrast(points, np.nan, np.nan, np.nan)
+    freedom = sum(parts) ** 2 / sum(part**2 / (len(sample) - 1) for part, sample in zip(parts, samples, strict=True))
+    reach = stats.t.ppf(0.975, freedom) * error
+    return Contrast(points, points - reach, points + reach, 2 * stats.t.sf(abs(points) / error, freedom))
+
+
+def holm(p_values):
+    """Correct p values for their number by Holm's method; nan stay nan and do not count."""
+    from statsmodels.stats.multitest import multipletests  # here: sweeps need not wait for it to load
+
+    corrected = np.array(p_values, dtype=float)
+    known = ~np.isnan(corrected)
+    if known.any():
+        corrected[known] = multipletests(corrected[known], method="holm")[1]
+    return corrected
+
+
+def samples(runs, column="test_accuracy"):
+    """Collect a column of runs of one setting as {norm: values}. ValueError when a seed is there twice."""
+    for (norm, seed), count in runs.groupby(["norm", "seed"]).size().items():
+        if count > 1:
+            raise ValueError(f"seed {seed} of {norm} norm has {count} rows; give runs of one setting")
+    return {norm: own[column].to_numpy(float) for norm, own in runs.groupby("norm")}
+
+
+def select(rows, **settings):
+    """Select the rows that have these settings, a value each or several: select(rows, study="main")."""
+    for name, value in settings.items():
+        rows = rows[rows[name].isin(value if isinstance(value, tuple | list) else [value])]
+    return rows
+
+
+def columns_of(found, name):
+    """Name the parts of a Contrast as a table's columns."""
+    return {name: found.points, f"{name}, low": found.low, f"{name}, high": found.high}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The published recipe
+# ---------------------------------------------------------------------------------------------------------------------
+
+STUDIES = {"main": "no augmentation", "augment": "flip and crop"}  # of the published recipe
+
+
+def results(rows, study="main"):
+    """Accuracy, parameters and time of each norm in a study of one setting, over its seeds."""
+    lines = {}
+    for norm, runs in select(rows, study=study).groupby("norm"):
+        test = samples(runs)[norm]
+        lines[norm] = {
+            "parameters": runs["parameters"].iloc[0],
+            "test accuracy": test.mean(),
+            "std": test.std(ddof=1) if len(test) > 1 else np.nan,
+            "n": len(test),
+            "train accuracy": runs["train_accuracy"].mean(),
+            "seconds per run": runs["seconds"].median(),
+        }
+    return pd.DataFrame.from_dict(lines, "index").reindex(NORMS).rename_axis("norm")
+
+
+def readme_table(rows):
+    """Write the results of the study main as README.md shows them, a Markdown table."""
+    nets = {"batch": "NetA", "layer": "NetB", "group": "NetC"}
+    shown = show(results(rows))
+    lines = {
+        "norm": [f"{norm} (`{nets[norm]}`)" for norm in shown.index],
+        "parameters": shown["parameters"],
+        "test accuracy, %": shown["test accuracy"] + " ± " + shown["std"],
+        "training accuracy, %": shown["train accuracy"],
+        "seconds per run": shown["seconds per run"],
+    }
+    return markdown(pd.DataFrame(lines).set_index("norm"))
+
+
+def differences(rows, studies=tuple(STUDIES)):
+    """Differences in test accuracy between the norms, with Holm's correction over all of the table."""
+    lines = []
+    for study, (first, second) in itertools.product(studies, (*LEADS, ("layer", "group"))):
+        of = samples(select(rows, study=study))
+        found = contrast(of[first], of[second])
+        line = {"runs": STUDIES.get(study, study), "difference": f"{first} minus {second}"}
+        lines.append(line | columns_of(found, "points") | {"n": len(of[first]), "p, Holm": found.p})
+    table = pd.DataFrame(lines)
+    table["p, Holm"] = holm(table["p, Holm"])
+    return table.set_index(["runs", "difference"])
+
+
+def augmentation_gain(rows):
+    """How much flip and crop, with their own weight decay, add to each norm's test accuracy."""
+    plain, augmented = (samples(select(rows, study=study)) for study in STUDIES)
+    lines = {norm: columns_of(contrast(augmented[norm], plain[norm]), "points gained") for norm in NORMS}
+    return pd.DataFrame.from_dict(lines, "index").rename_axis("norm")
+
+
+def correlations(rows):
+    """Correlation of two norms' test accuracies over the seeds, in each study with ten of them."""
+    chosen = {f"published, {title}": select(rows, study=study) for study, title in STUDIES.items()}
+    chosen |= {
+        f"{OPTIMIZERS[name]}, its best setting": runs for name, runs in optimizer_runs(rows).groupby("optimizer")
+    }
+    lines = []
+    for name, runs in chosen.items():
+        accuracy = runs.pivot(index="seed", columns="norm", values="test_accuracy")
+        for first, second in itertools.combinations(NORMS, 2):
+            found = stats.pearsonr(accuracy[first], accuracy[second])
+            line = {"runs": name, "norms": f"{first} and {second}", "correlation": found.statistic}
+            lines.append(line | {"n": len(accuracy), "p, Holm": found.pvalue})
+    table = pd.DataFrame(lines)
+    table["p, Holm"] = holm(table["p, Holm"])
+    return table.set_index(["runs", "norms"])
+
+
+def tuned(rows, setting="learning_rate", augment="none", by="norm"):
+    """Mean validation accuracy of each norm (or `by` net) at each value of a setting, in the study tune."""
+    runs = select(rows, study="tune", augment=augment)
+    table = runs.pivot_table(index=by, columns=setting, values="validation_accuracy")
+    return table.reindex(NORMS) if by == "norm" else table
+
+
+def best_rates(rows):
+    """The learning rate of each net with the highest mean accuracy on the validation split."""
+    return tuned(rows, by="net").idxmax(axis=1).to_dict()
+
+
+def cost(rows):
+    """Runs and minutes of one device that all of the rows took, by device."""
+    by_device = rows.groupby("device")["seconds"]
+    return pd.DataFrame({"runs": by_device.size(), "minutes": by_device.sum() / 60})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizers: what was tuned for each pair of optimizer and net, and what came out on the test set
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def rate_runs(rows):
+    """The runs of the studies of rates at `best_decays`, where all three seeds are there."""
+    chosen = pd.DataFrame(best_decays(rows), columns=SETTING)
+    runs = rows[rows["study"].isin(("rate", "rate-seeds"))].merge(chosen, on=SETTING)
+    return runs.groupby(SETTING).filter(lambda own: len(own) == 3)
+
+
+def by_rate(runs):
+    """Mean validation accuracy at each learning rate, of runs of one optimizer and net."""
+    return validation_means(runs, ["learning_rate"])
+
+
+def optimizer_runs(rows, study="optimizer"):
+    """The runs of a study at `best_settings`, of each optimizer and net that has ten seeds there."""
+    chosen = pd.DataFrame(best_settings(rows), columns=SETTING)
+    return rows[rows["study"] == study].merge(chosen, on=SETTING).groupby(SETTING).filter(lambda own: len(own) == 10)
+
+
+def optimizers(rows):
+    """Each optimizer and norm: its best setting, and the accuracy there on validation, test and training images."""
+    runs, validation = optimizer_runs(rows), validation_means(rate_runs(rows), ["optimizer", "norm", *SETTING[2:]])
+    lines = []
+    for name, norm in itertools.product(OPTIMIZERS, ALL):
+        own = select(runs, optimizer=name, norm=norm)
+        if own.empty:
+            continue
+        rate, decay = own["learning_rate"].iloc[0], own["weight_decay"].iloc[0]
+        line = {"optimizer": OPTIMIZERS[name], "norm": norm, "learning rate": rate, "weight decay": decay}
+        line |= {"validation": validation[name, norm, rate, decay]}
+        if line["validation"] <= CHANCE + 1:  # all settings are as good
+            line |= {"learning rate": np.nan, "weight decay": np.nan}
+        line |= {"test accuracy": own["test_accuracy"].mean(), "std": own["test_accuracy"].std(), "n": len(own)}
+        lines.append(line | {"train accuracy": own["train_accuracy"].mean()})
+    return pd.DataFrame(lines).set_index(["optimizer", "norm"])
+
+
+def optimizer_leads(rows):
+    """How far norms are apart on the test set under each optimizer, and how the gaps differ from those under Muon.
+
+    A net that learned nothing is left out. Holm's correction is over all of the table.
+    """
+    of = {OPTIMIZERS[name]: samples(runs) for name, runs in optimizer_runs(rows).groupby("optimizer")}
+    of = {
+        name: {norm: own[norm] for norm in ALL if norm in own and own[norm].mean() > CHANCE + 1}
+        for name, own in of.items()
+    }
+    lines = []
+    for first, second in (*LEADS, *((norm, "none") for norm in NORMS)):
+        there = [name for name in OPTIMIZERS.values() if name in of and {first, second} <= set(of[name])]
+        found = {name: contrast(of[name][first], of[name][second]) for name in there}
+        for name in there:
+            if name != "Muon" and "Muon" in there:
+                four = (of[one][norm] for one in (name, "Muon") for norm in (first, second))
+                found[f"{name} minus Muon"] = contrast(*four, weights=(1, -1, -1, 1))
+        for name, one in found.items():
+            line = {"difference": f"{first} minus {second}", "optimizer": name}
+            lines.append(line | columns_of(one, "points") | {"p, Holm": one.p})
+    table = pd.DataFrame(lines)
+    table["p, Holm"] = holm(table["p, Holm"])
+    return table.set_index(["difference", "optimizer"])
+
+
+def repeated(rows):
+    """The same settings on two kinds of GPU: how far their mean test accuracies are apart, ten seeds each."""
+    there, here = rows[rows["study"] == "optimizer-h200"], rows[rows["study"] == "optimizer"]
+    lines = []
+    for (name, norm, *setting), own in there.groupby(["optimizer", "norm", *SETTING[2:]]):
+        other = select(here, optimizer=name, norm=norm, learning_rate=setting[0], weight_decay=setting[1])
+        if len(own) == len(other) == 10:
+            found = contrast(own["test_accuracy"], other["test_accuracy"])
+            lines.append({"optimizer": OPTIMIZERS[name], "norm": norm} | columns_of(found, "H200 minus H100"))
+    return pd.DataFrame(lines).set_index(["optimizer", "norm"])
+
+
+def initial_weights(rows):
+    """The control's best validation accuracy from PyTorch's initial weights and from Kaiming's, by optimizer.
+
+    From Kaiming's there is one weight decay; the best is over learning rates at which no seed overflowed.
+    """
+    tuned = validation_means(rate_runs(rows).query("norm == 'none'"), SETTING).groupby("optimizer").max()
+    kaiming = validation_means(rows[rows["study"] == "initial"], ["optimizer", "learning_rate"]).groupby("optimizer")
+    table = pd.DataFrame({"PyTorch's": tuned, "Kaiming's": kaiming.max()})
+    table["learning rate"] = kaiming.idxmax().map(lambda key: key[1])
+    return table.reindex(OPTIMIZERS).rename(OPTIMIZERS).rename_axis("optimizer")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How wide an optimum is
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def ridge_length(rates, accuracies, points=1.0):
+    """Length in decades of learning rate over which accuracy stays within `points` of its best, around the best.
+
+    rates ascend; accuracies belong to them, -inf where runs overflowed. At each rate the weight decay is the best of
+    those tried, so this is a length along the ridge of rate times decay, not a tolerance to the rate alone. Between
+    two rates accuracy is taken to be linear in the rate's logarithm. Rates beyond the tried ones do not count.
+    """
+    logs, left = np.log10(rates), np.asarray(accuracies) - (np.max(accuracies) - points)
+    low = high = int(np.argmax(left))
+    while low > 0 and left[low - 1] >= 0:
+        low -= 1
+    while high < len(left) - 1 and left[high + 1] >= 0:
+        high += 1
+    start, end = logs[low], logs[high]
+    if low > 0:
+        start -= (logs[low] - logs[low - 1]) * left[low] / (left[low] - left[low - 1])
+    if high < len(left) - 1:
+        end += (logs[high + 1] - logs[high]) * left[high] / (left[high] - left[high + 1])
+    return end - start
+
+
+def ridge_is_open(accuracies, points=1.0):
+    """Whether an end of the tried rates is on the ridge, so that `ridge_length` is a lower bound."""
+    within = np.asarray(accuracies) >= np.max(accuracies) - points
+    best = int(np.argmax(accuracies))
+    return bool(within[: best + 1].all() or within[best:].all())
+
+
+def ridges(rows, points=1.0):
+    """How long each ridge of rate times decay is: by the mean of three seeds, and by each seed.
+
+    "overflow" counts runs with a gradient beyond float16 in the grid of learning rates and weight decays, one seed.
+    """
+    runs, grid = rate_runs(rows), rows[rows["study"] == "rate"]
+    lines = []
+    for name, norm in itertools.product(OPTIMIZERS, ALL):
+        own, tried = (select(part, optimizer=name, norm=norm) for part in (runs, grid))
+        line = {"optimizer": OPTIMIZERS[name], "norm": norm, "validation": by_rate(own).max()}
+        if line["validation"] > CHANCE + 1:
+            rates = sorted(tried["learning_rate"].unique())
+            curve, *of_seeds = (
+                by_rate(part).reindex(rates).fillna(-np.inf).to_numpy()
+                for part in (own, *(one for _, one in own.groupby("seed")))
+            )
+            lengths = [ridge_length(rates, one, points) for one in of_seeds]
+            line |= {"ridge, decades": ridge_length(rates, curve, points), "open": ridge_is_open(curve, points)}
+            line |= {"shortest of a seed": min(lengths), "longest of a seed": max(lengths)}
+        lines.append(line | {"overflow": int((tried["status"] == "diverged").sum()), "tried": len(tried)})
+    return pd.DataFrame(lines).set_index(["optimizer", "norm"])
+
+
+def ridge_gaps(rows, thresholds=(0.5, 1.0, 2.0)):
+    """How much longer batch norm's ridge is than layer norm's, beside how much the seeds of either differ."""
+    lines = []
+    for points in thresholds:
+        table = ridges(rows, points)
+        range_of = table["longest of a seed"] - table["shortest of a seed"]
+        for name in OPTIMIZERS.values():
+            gap = table["ridge, decades"][name, "batch"] - table["ridge, decades"][name, "layer"]
+            seeds = max(range_of[name, "batch"], range_of[name, "layer"])
+            line = {"optimizer": name, "within, points": points, "batch minus layer, decades": gap}
+            lines.append(line | {"range over seeds": seeds, "seeds differ by more": seeds > abs(gap)})
+    return pd.DataFrame(lines).set_index(["optimizer", "within, points"]).reindex(OPTIMIZERS.values(), level=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sweeps under Muon
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def spread(runs, keys):
+    """Mean, lowest and highest test accuracy by `keys`, and the number of runs."""
+    by_key = runs.groupby(keys, sort=False)["test_accuracy"]
+    return pd.DataFrame(
+        {"test accuracy": by_key.mean(), "lowest": by_key.min(), "highest": by_key.max(), "n": by_key.size()}
+    )
+
+
+def ghost_batches(rows):
+    """Batch norm's accuracy by the images that its statistics are taken over; layer and group norm for comparison."""
+    runs = select(rows, study="batch").sort_values(["statistics_batch", "net"])
+    sizes = runs["statistics_batch"]
+    names = runs["norm"].where(sizes.isna(), "batch, " + sizes.map("{:.0f} images".format))
+    return spread(runs.assign(statistics=names), "statistics")
+
+
+def groups(rows):
+    """Group norm's accuracy by its number of groups; one for each channel is instance norm."""
+    runs = select(rows, study="groups")
+    return spread(runs.assign(groups=runs["groups"].astype(str)), "groups").sort_index().rename({"C": "one each"})
+
+
+LAYER_KINDS = {  # (layer_variant of the rows, within 50,000 parameters): statistics over, scale and shift
+    ("C,H,W", True): "C, H, W; per channel",
+    ("C", True): "C of each pixel; per channel",
+    ("[C,H,W]", False): "C, H, W; per position",
+    ("[C,H,W]", True): "C, H, W; per position, narrower",
+}
+
+
+def layer_runs(rows):
+    """The runs of the study layer, with one of `LAYER_KINDS` in the column kind."""
+    runs = select(rows, study="layer")
+    keys = zip(runs["layer_variant"], runs["parameters"] <= 50_000, strict=True)
+    return runs.assign(kind=[LAYER_KINDS[key] for key in keys])
+
+
+def layer_kinds(rows):
+    """Layer norm's accuracy by the axes of its statistics and of its scale and shift."""
+    runs = layer_runs(rows)
+    table = spread(runs, "kind").reindex(LAYER_KINDS.values())
+    table.insert(0, "parameters", runs.groupby("kind")["parameters"].first())
+    return table.rename_axis("statistics; scale and shift")
+
+
+def leads(runs, keys, column="test_accuracy"):
+    """Mean accuracy of each norm by `keys` (columns of settings), and batch norm's leads with intervals."""
+    lines = {}
+    for key, own in runs.groupby(keys):
+        of = samples(own, column)
+        line = {"n": len(of["batch"])} | {norm: of[norm].mean() for norm in NORMS}
+        for first, second in LEADS:
+            line |= columns_of(contrast(of[first], of[second]), f"{first} minus {second}")
+        lines[key] = line
+    return pd.DataFrame.from_dict(lines, "index").rename_axis(keys)
+
+
+def budget(rows, column):
+    """The runs of a sweep: by "parameters", "epochs" or "batch_size"."""
+    if column == "batch_size":  # those of 500 are the study epochs' own
+        return pd.concat([select(rows, study="batch-size"), select(rows, study="epochs", epochs=20)])
+    return select(rows, study={"parameters": "width", "epochs": "epochs"}[column])
+
+
+def augmentation(rows):
+    """Accuracy, distance between training and test accuracy, and leads, by weight decay and augmentation."""
+    runs = select(rows, study=("main", "flip", "augment"))
+    runs = runs.assign(gap=runs["train_accuracy"] - runs["test_accuracy"])
+    keys = ["augment", "weight_decay"]
+    table = leads(runs, keys)
+    gaps = runs.pivot_table(index=keys, columns="norm", values="gap")[list(NORMS)]
+    table = table.join(gaps.add_suffix(", train minus test"))
+    return table.reindex(["none", "flip", "flip+crop"], level=0).rename_axis(["augmentation", "weight decay"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Speed and tests
+# ---------------------------------------------------------------------------------------------------------------------
+
+PATHS = {  # of results/bench.csv, in the order of the table
+    "plain-0": "plain loop, no workers",
+    "plain-4": "plain loop, 4 workers",
+    "eager": "eager",
+    "captured": "CUDA graph",
+    "captured-3": "CUDA graph, 3 runs at once",
+    "compiled": "torch.compile",
+    "compiled-3": "torch.compile, 3 runs at once",
+}
+
+
+def speed(bench):
+    """Seconds per epoch by device and way of training, and how many times faster than the plain loop of 4 workers."""
+    bench = bench[bench["path"].isin(PATHS)]
+    norms = {"NetA": "batch", "NetB": "layer", "NetC": "group"}
+    table = bench.pivot(index=["device", "path"], columns="net", values="seconds_per_epoch").rename(columns=norms)
+    by_path = bench.groupby(["device", "path"])["ratio_plain_4"]
+    table = table.join(by_path.agg(["min", "max"]).set_axis(["times faster, from", "to"], axis=1))
+    order = sorted(table.index, key=lambda key: (key[0].startswith("cpu"), list(PATHS).index(key[1])))
+    return table.loc[order].rename(PATHS, level=1).rename_axis(columns=None)
+
+
+def mutations(rows):
+    """Guards that were taken out of the code one at a time, by the file of the test that then failed."""
+    counts = rows["test"].str.split("::").str[0].value_counts().rename("guards").rename_axis("tests")
+    return pd.concat([counts, pd.Series({"in all": len(rows)}, name="guards").rename_axis("tests")]).to_frame()

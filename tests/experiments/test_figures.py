@@ -1,0 +1,178 @@
+"""What the figures show, held against the rows, the nets and the norms themselves."""
+
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+
+import models
+from engine.data import normalize
+from experiments import figures, tables
+from experiments.tables import select
+
+ROWS = tables.read_results()
+CLASSES = ("airplane", "automobile", "bird", "cat")
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+def points_of(axis):
+    return [offsets for one in axis.collections if len(offsets := one.get_offsets()) > 1]
+
+
+def test_accuracy_shows_every_run_and_the_means():
+    figure = figures.plot_accuracy(ROWS)
+    for axis, study in zip(figure.axes, ("main", "augment"), strict=True):
+        for points, text, norm in zip(points_of(axis), axis.texts, tables.NORMS, strict=True):
+            values = select(ROWS, study=study, norm=norm)["test_accuracy"]
+            assert sorted(points[:, 1]) == sorted(values)
+            assert float(text.get_text()) == pytest.approx(values.mean(), abs=0.00501)
+
+
+def test_rate_shows_means_where_they_are_high_and_crosses_elsewhere():
+    figure = figures.plot_rate(ROWS)
+    runs = tables.rate_runs(ROWS)
+    panels, strips = figure.axes[:3], figure.axes[3:]
+    for axis, strip, optimizer in zip(panels, strips, tables.OPTIMIZERS, strict=True):
+        for line, crosses, norm in zip(axis.lines, strip.collections, tables.ALL, strict=True):
+            means = tables.by_rate(select(runs, optimizer=optimizer, norm=norm))
+            drawn = dict(zip(line.get_xdata(), line.get_ydata(), strict=True))
+            assert {rate: drawn[rate] for rate in means.index} == pytest.approx(means.to_dict(), nan_ok=True)
+            low = {rate for rate, value in drawn.items() if not value >= axis.get_ylim()[0]}
+            assert {x for x, _ in crosses.get_offsets()} == low
+    assert [axis.get_title() for axis in panels] == ["SGD", "AdamW", "Muon"]
+
+
+@pytest.mark.parametrize(("place", "column"), list(enumerate(figures.BUDGETS)))
+def test_budget_shows_means_by_norm(place, column):
+    axis = figures.plot_budget(ROWS).axes[place]
+    for line, norm in zip(axis.lines, tables.NORMS, strict=True):
+        means = select(tables.budget(ROWS, column), norm=norm).groupby(column)["test_accuracy"].mean()
+        assert line.get_ydata() == pytest.approx(means.to_numpy())
+
+
+def test_every_figure_names_norms_and_not_nets():
+    """Legends and titles, too; a panel is titled by what varies, never by a GPU."""
+    for figure in figures.plot_rows().values():
+        texts = " ".join(text.get_text() for text in figure.findobj(plt.Text))
+        for name in ("NetA", "NetB", "NetC", "H100", "H200"):
+            assert name not in texts
+
+
+def test_statistics_draws_a_point_per_run_and_layer():
+    inside = tables.read_results("inside")
+    left, right = figures.plot_statistics(ROWS, inside).axes
+    assert len(left.collections[0].get_offsets()) == (inside["net"] == "NetA").sum()
+    assert sum(len(points) for points in points_of(right)) == 18
+
+
+def test_axes_draws_a_point_per_run():
+    left, right = figures.plot_axes(ROWS).axes
+    assert sum(len(points) for points in points_of(left)) == 15
+    assert sum(len(points) for points in points_of(right)) == 12
+
+
+def test_chain_shows_shapes_and_parameters():
+    texts = [text.get_text() for text in figures.plot_chain().axes[0].texts]
+    names = list(dict(models.NetA().named_children()))
+    assert [text for text in texts if text in names] == names
+    assert sum(int(text.replace(",", "")) for text in texts if text.replace(",", "").isdigit()) == 48_042
+    assert texts.count("24x16x16") == 5
+
+
+@pytest.mark.parametrize(
+    ("number", "layer"),
+    [
+        (0, models.NORMS["batch"](8, 4)),
+        (1, models.NORMS["layer"](8, 4)),
+        (2, models.NORMS["group"](8, 4)),
+        (3, torch.nn.GroupNorm(8, 8)),
+    ],
+)
+def test_drawn_means_are_what_the_norms_take(number, layer):
+    """Where a change of one activation changes what the first one is normalized to."""
+    _, _, shared = figures.shared_means()[number]
+    x = torch.randn(4, 8, 6, 1)
+    reaches = np.zeros(shared.shape, bool)
+    for place in np.ndindex(*shared.shape):
+        moved = x.clone()
+        moved[(*place, 0)] += 1
+        reaches[place] = not torch.equal(layer(moved)[0, 0, 0], layer(x)[0, 0, 0])
+    assert (reaches == shared).all()
+
+
+def score(predictions, confidences):
+    return SimpleNamespace(predictions=torch.tensor(predictions), confidences=torch.tensor(confidences))
+
+
+LABELS = torch.tensor([0, 0, 0, 0, 0, 0])
+SCORES = {
+    "NetA": score([1, 0, 1, 1, 0, 1], [0.3, 0.9, 0.5, 0.7, 0.9, 0.8]),
+    "NetB": score([0, 0, 2, 0, 0, 2], [0.9, 0.9, 0.6, 0.9, 0.9, 0.4]),
+    "NetC": score([0, 3, 3, 0, 0, 0], [0.9, 0.9, 0.6, 0.9, 0.9, 0.4]),
+}
+
+
+@pytest.fixture
+def data():
+    images = torch.randint(0, 256, (6, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return SimpleNamespace(test_images=images, test_labels=LABELS, classes=CLASSES)
+
+
+def test_who_is_wrong():
+    found = {names: indices.tolist() for names, indices in figures.who_is_wrong(SCORES, LABELS).items()}
+    assert found == {
+        ("NetA",): [3, 0],
+        ("NetB",): [],
+        ("NetC",): [1],
+        ("NetA", "NetB"): [5],
+        ("NetA", "NetC"): [],
+        ("NetB", "NetC"): [],
+        ("NetA", "NetB", "NetC"): [2],
+    }
+
+
+def test_same_images_set_wrong_answers_in_bold(data):
+    figure = figures.plot_same(SCORES, data, each=2)
+    weights = {text.get_text(): text.get_weight() for axis in figure.axes for text in axis.texts}
+    assert weights["batch: automobile 70%"] == "bold"
+    assert weights["layer: airplane 90%"] == "normal"
+    assert weights["label: airplane"] == "normal"
+    assert sum(len(axis.images) for axis in figure.axes) == 5  # each image that is wrong for someone
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_maps_average_to_the_logits(name, data):
+    torch.manual_seed(0)
+    net = getattr(models, name)().train()
+    net(normalize(data.test_images))  # so that batch norm has running averages
+    maps = figures.class_activation_maps(net, data.test_images)
+    assert maps.shape == (6, 10, 8, 8)
+    assert torch.allclose(maps.mean((2, 3)), net.eval()(normalize(data.test_images)), atol=1e-5)
+
+
+def test_cam_is_red_where_the_wrong_class_gains(data):
+    nets = {name: getattr(models, name)() for name in SCORES}
+    figure = figures.plot_cam(nets, SCORES, data, count=1)
+    titles = [axis.get_title() for axis in figure.axes]
+    answers = ["batch norm:\nautomobile 50%", "layer norm:\nbird 60%", "group norm:\ncat 60%"]
+    assert titles == ["label: airplane", *answers]
+    for axis, (name, net) in zip(figure.axes[1:], nets.items(), strict=True):
+        maps = figures.class_activation_maps(net, data.test_images[2:3])[0]
+        expected = maps[SCORES[name].predictions[2]] - maps[0]
+        heat = axis.images[1]
+        drawn = torch.tensor(heat.get_array())
+        for part in (slice(None, 16), slice(16, None)):  # rows, then columns
+            for shown, true in (
+                (drawn[part], expected.repeat_interleave(4, 0)[part]),
+                (drawn[:, part], expected.repeat_interleave(4, 1)[:, part]),
+            ):
+                assert shown.mean() == pytest.approx(true.mean().item(), abs=0.1 * expected.abs().max().item())
+        assert heat.cmap.name == "RdBu_r"
+        assert heat.norm.vmin == -heat.norm.vmax

@@ -1,0 +1,316 @@
+"""What the tables compute, held against plain arithmetic and SciPy."""
+
+import itertools
+from decimal import Decimal
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from experiments import tables
+from experiments.tables import contrast, decimal_round, show
+
+ROWS = tables.read_results()
+NETS = {"NetA": "batch", "NetB": "layer", "NetC": "group", "Net": "none"}
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "text"),
+    [
+        ((87.7 + 87.75 + 87.45) / 3 - (86.2 + 86.35 + 86.3) / 3, 1, "1.4"),  # 1.35, in floats below it
+        (1.35, 1, "1.4"),
+        (0.775, 2, "0.78"),
+        (2.675, 2, "2.68"),
+        (-1.35, 1, "-1.4"),
+        (0.774999, 2, "0.77"),
+        (-0.001, 2, "0.00"),
+        (86.7, 2, "86.70"),
+    ],
+)
+def test_ties_are_rounded_by_their_decimal_value(value, digits, text):
+    assert str(decimal_round(value, digits)) == text
+
+
+def test_ties_of_the_published_rows():
+    """Exact sums of the rows' own digits: the leads that binary floats rounded down."""
+
+    def mean(**settings):
+        values = [Decimal(str(value)) for value in tables.select(ROWS, **settings)["test_accuracy"]]
+        return sum(values) / len(values)
+
+    late, augmented = {"study": "epochs", "epochs": 40}, {"study": "augment"}
+    assert mean(norm="batch", **late) - mean(norm="layer", **late) == Decimal("1.35")
+    assert mean(norm="batch", **augmented) - mean(norm="layer", **augmented) == Decimal("0.775")
+    epochs = show(tables.leads(tables.budget(ROWS, "epochs"), "epochs"), 1)
+    assert epochs["batch minus layer (95% interval)"].iloc[-1].startswith("+1.4 (")
+    assert show(tables.differences(ROWS)).loc[("flip and crop", "batch minus layer")].iloc[0].startswith("+0.78 (")
+
+
+def test_a_claim_prints_its_sentence_or_raises(capsys):
+    tables.claim("two is more than one", np.bool_(2 > 1))
+    assert capsys.readouterr().out == "✓ two is more than one\n"
+    with pytest.raises(AssertionError, match="the rows do not support: one is more than two"):
+        tables.claim("one is more than two", np.bool_(1 > 2))
+    with pytest.raises(ValueError, match="ambiguous"):
+        tables.claim("each of them is", pd.Series([True, False]))
+
+
+def test_a_contrast_of_two_is_welchs_test():
+    first, second = [86.1, 86.9, 87.4, 86.2], [85.0, 85.9, 85.1, 84.2, 85.5]
+    found, test = contrast(first, second), stats.ttest_ind(first, second, equal_var=False)
+    low, high = test.confidence_interval()
+    assert found == pytest.approx((np.mean(first) - np.mean(second), low, high, test.pvalue))
+
+
+def test_a_contrast_of_four_compares_two_differences():
+    """Its standard error adds the four; with equal sizes and spreads there are 4 (n - 1) degrees of freedom."""
+    base = np.array([-1.0, 0.0, 0.5, 0.5])
+    found = contrast(base + 5, base + 1, base + 3, base + 2, weights=(1, -1, -1, 1))
+    error = (4 * base.var(ddof=1) / 4) ** 0.5
+    reach = stats.t.ppf(0.975, 12) * error
+    assert found == pytest.approx((3, 3 - reach, 3 + reach, 2 * stats.t.sf(3 / error, 12)))
+
+
+@pytest.mark.parametrize("samples", [([1.0, 2.0], [3.0]), ([1.0, 1.0], [3.0, 3.0])])
+def test_a_contrast_without_spread_has_no_interval(samples):
+    found = contrast(*samples)
+    assert found.points == pytest.approx(np.mean(samples[0]) - 3)
+    assert np.isnan(found[1:]).all()
+
+
+def test_holm_multiplies_by_the_number_that_is_left():
+    assert tables.holm([0.01, np.nan, 0.04, 0.03]) == pytest.approx([0.03, np.nan, 0.06, 0.06], nan_ok=True)
+
+
+def test_a_seed_that_is_there_twice_is_refused():
+    runs = pd.DataFrame({"norm": "batch", "seed": [0, 1, 1], "test_accuracy": [1.0, 2.0, 3.0]})
+    with pytest.raises(ValueError, match="seed 1 of batch norm has 2 rows"):
+        tables.samples(runs)
+
+
+def test_differences_of_the_published_rows():
+    """Plain sums, SciPy's Welch test and Holm's steps by hand."""
+    table, p_values = tables.differences(ROWS), []
+    for (title, pair), line in table.iterrows():
+        study = {"no augmentation": "main", "flip and crop": "augment"}[title]
+        first, second = (
+            ROWS[(ROWS["study"] == study) & (ROWS["norm"] == norm)]["test_accuracy"] for norm in pair.split(" minus ")
+        )
+        test = stats.ttest_ind(first, second, equal_var=False)
+        low, high = test.confidence_interval()
+        assert line["points"] == pytest.approx(sum(first) / 10 - sum(second) / 10)
+        assert (line["points, low"], line["points, high"]) == pytest.approx((low, high))
+        p_values.append(test.pvalue)
+    largest = 0
+    for rank, place in enumerate(np.argsort(p_values)):
+        largest = max(largest, min(1, p_values[place] * (6 - rank)))
+        assert table["p, Holm"].iloc[place] == pytest.approx(largest)
+
+
+def test_results_of_the_published_rows():
+    table = tables.results(ROWS)
+    for norm in ("batch", "layer", "group"):
+        own = ROWS[(ROWS["study"] == "main") & (ROWS["norm"] == norm)]
+        values = own["test_accuracy"].tolist()
+        mean = sum(values) / 10
+        std = (sum((value - mean) ** 2 for value in values) / 9) ** 0.5
+        assert table.loc[norm, ["test accuracy", "std", "n"]].tolist() == pytest.approx([mean, std, 10])
+        assert f"| {decimal_round(mean, 2)} ± {decimal_round(std, 2)} |" in tables.readme_table(ROWS)
+
+
+def test_leads_are_taken_setting_by_setting():
+    runs = pd.DataFrame(
+        {"epochs": epochs, "norm": norm, "seed": seed, "test_accuracy": base + lead * epochs + seed}
+        for epochs, (norm, base, lead), seed in itertools.product(
+            (1, 2), (("batch", 80, 2), ("layer", 80, 1), ("group", 79, 1)), range(3)
+        )
+    )
+    table = tables.leads(runs, "epochs")
+    assert table["batch minus layer"].tolist() == pytest.approx([1, 2])
+    assert table["batch minus group"].tolist() == pytest.approx([2, 3])
+    assert table["group"].tolist() == pytest.approx([81, 82])
+    assert table["n"].tolist() == [3, 3]
+
+
+def test_a_table_is_shown_with_its_intervals_joined():
+    frame = pd.DataFrame(
+        {
+            "n": [3, 12_345],
+            "lead": [1.35, np.nan],
+            "lead, low": [0.951, np.nan],
+            "lead, high": [1.75, np.nan],
+            "std": [0.125, np.nan],
+            "p, Holm": [0.0004, 0.0451],
+            "open": [True, False],
+            "learning rate": [0.0005, 1.0],
+        },
+        index=pd.Index([0.5, 1.0], name="weight_decay"),
+    )
+    shown = show(frame, 1)
+    assert shown.index.tolist() == ["0.5", "1"]
+    assert shown.index.name == "weight decay"
+    assert shown.iloc[0].tolist() == ["3", "+1.4 (+1.0 to +1.8)", "0.13", "< 0.001", "yes", "0.0005"]
+    assert shown.iloc[1].tolist() == ["12,345", "-", "-", "0.045", "no", "1"]
+    assert shown.columns[1] == "lead (95% interval)"
+    assert tables.markdown(shown[["n"]]) == "| weight decay | n |\n|---|---|\n| 0.5 | 3 |\n| 1 | 12,345 |"
+
+
+RATES = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "decades"),
+    [
+        ([70, 80, 80.5, 80, 70], 2 + 2 * 0.5 / 10),  # above 79.5: two whole decades and a bit of two others
+        ([80, 79, 60, 81, 79], 1 / 21 + 1 / 2),  # in one piece around the best
+        ([60, 70, 80, 90, 100], 1 / 10),
+        ([100, 50, 0, 0, 0], 1 / 50),
+        ([80, 80, 80, 80, 80], 4),
+        ([70, 80, 80, 80, -np.inf], 2 + 1 / 10),  # where runs overflowed it ends
+    ],
+)
+def test_ridge_length(accuracies, decades):
+    assert tables.ridge_length(RATES, accuracies) == pytest.approx(decades)
+
+
+def test_a_ridge_is_open_at_either_end_of_the_rates():
+    assert tables.ridge_is_open([70, 75, 80])
+    assert tables.ridge_is_open([80, 75, 70])
+    assert not tables.ridge_is_open([70, 80, 70])
+    assert not tables.ridge_is_open([70, 75, 80, -np.inf])
+
+
+@pytest.fixture
+def swept():
+    """Made-up rows of the sweeps of optimizers: batch norm leads layer norm by 5 under SGD, by 1 under Muon.
+
+    The best rate is 0.1, the best decay 0, but 0.5 under SGD at a rate of 1. The control stays at chance under SGD.
+    """
+    lead = {("sgd", "NetA"): 5.0, ("muon", "NetA"): 1.0, ("sgd", "NetC"): 2.0}
+
+    def accuracy(net, name, rate, decay):
+        if (net, name) == ("Net", "sgd"):
+            return 10.0
+        better = 0.5 if (name, rate) == ("sgd", 1.0) else 0.0
+        return 80 + lead.get((name, net), 0) - 2 * abs(np.log10(rate) + 1) - abs(decay - better)
+
+    def run(study, net, name, rate, decay, seed, **accuracies):
+        row = {"study": study, "net": net, "norm": NETS[net], "optimizer": name, "learning_rate": rate}
+        return row | {"weight_decay": decay, "seed": seed, "status": "done"} | accuracies
+
+    rates = (0.01, 0.1, 1.0)
+    rows = [
+        run("rate", *setting, 0, validation_accuracy=accuracy(*setting))
+        for setting in itertools.product(NETS, tables.OPTIMIZERS, rates, (0.0, 0.5))
+    ]
+    for net, name, rate, seed in itertools.product(NETS, tables.OPTIMIZERS, rates, (1, 2)):
+        decay = 0.5 if (name, rate) == ("sgd", 1.0) and net != "Net" else 0.0
+        value = accuracy(net, name, rate, decay)
+        rows.append(run("rate-seeds", net, name, rate, decay, seed, validation_accuracy=value))
+    order = np.random.default_rng(0)
+    for net, name in itertools.product(NETS, tables.OPTIMIZERS):
+        rate, stuck = (0.01, True) if (net, name) == ("Net", "sgd") else (0.1, False)
+        for seed, extra in enumerate(order.permutation(10)):
+            score = 10.0 if stuck else 80 + lead.get((name, net), 0) + 0.1 * extra
+            scores = {"test_accuracy": score, "train_accuracy": score + 10}
+            rows.append(run("optimizer", net, name, rate, 0.0, seed, **scores))
+    return pd.DataFrame(rows)
+
+
+def test_each_optimizer_is_shown_at_its_best_setting(swept):
+    table = tables.optimizers(swept)
+    line = table.loc[("SGD", "batch")]
+    assert line[["learning rate", "weight decay", "validation", "test accuracy", "n"]].tolist() == pytest.approx(
+        [0.1, 0, 85, 85.45, 10]
+    )
+    assert line["std"] == pytest.approx(np.std(np.arange(10) / 10, ddof=1))
+    assert table.loc[("SGD", "none"), "validation"] == 10
+    assert np.isnan(table.loc[("SGD", "none"), "learning rate"])  # it learned nothing at any
+
+
+def test_leads_by_optimizer_and_how_they_differ(swept):
+    points = tables.optimizer_leads(swept)["points"]
+    assert points["batch minus layer"].to_dict() == pytest.approx(
+        {"SGD": 5, "AdamW": 0, "Muon": 1, "SGD minus Muon": 4, "AdamW minus Muon": -1}, abs=1e-9
+    )
+    assert set(points["layer minus none"].index) == {
+        "AdamW",
+        "Muon",
+        "AdamW minus Muon",
+    }  # it learned nothing under SGD
+
+
+def test_a_pair_without_ten_seeds_is_left_out(swept):
+    one = (swept["study"] == "optimizer") & (swept["net"] == "NetA") & (swept["optimizer"] == "sgd")
+    rows = swept[~(one & (swept["seed"] == 7))]
+    assert ("SGD", "batch") not in tables.optimizers(rows).index
+    points = tables.optimizer_leads(rows)["points"]
+    assert set(points["batch minus layer"].index) == {"AdamW", "Muon", "AdamW minus Muon"}
+
+
+def test_ridges_take_the_best_decay_at_each_rate(swept):
+    table = tables.ridges(swept)
+    assert table.loc[("SGD", "batch"), ["validation", "ridge, decades"]].tolist() == pytest.approx([85, 1.0])
+    assert (table.loc["Muon", "shortest of a seed"] == table.loc["Muon", "longest of a seed"]).all()
+    assert np.isnan(table.loc[("SGD", "none"), "ridge, decades"])
+    assert (table["tried"] == 6).all()
+
+
+def test_a_run_that_overflowed_is_counted_and_ends_the_ridge(swept):
+    first = (swept["study"] == "rate") & (swept["net"] == "NetC") & (swept["learning_rate"] == 1.0)
+    rows = swept.assign(
+        validation_accuracy=swept["validation_accuracy"].where(~first),
+        status=swept["status"].where(~first, "diverged"),
+    )
+    line = tables.ridges(rows).loc[("Muon", "group")]
+    assert (line["overflow"], line["ridge, decades"]) == pytest.approx((2, 0.5))
+
+
+def test_seeds_are_weighed_against_nets_at_each_threshold(swept):
+    one = swept["study"].str.startswith("rate") & (swept["net"] == "NetA") & (swept["optimizer"] == "muon")
+    noisy = swept["validation_accuracy"].where(~(one & (swept["seed"] == 1) & (swept["learning_rate"] != 0.1)), 79.5)
+    gaps = tables.ridge_gaps(swept.assign(validation_accuracy=noisy))
+    assert gaps.loc[("AdamW", 1.0), ["batch minus layer, decades", "range over seeds"]].tolist() == pytest.approx(
+        [0, 0]
+    )
+    assert gaps.loc[("Muon", 2.0), "seeds differ by more"] == (
+        gaps.loc[("Muon", 2.0), "range over seeds"] > abs(gaps.loc[("Muon", 2.0), "batch minus layer, decades"])
+    )
+    assert gaps.loc[("Muon", 1.0), "range over seeds"] > 0
+    assert gaps.index.get_level_values(0).unique().tolist() == ["SGD", "AdamW", "Muon"]
+
+
+def test_augmentation_joins_three_studies_and_takes_distances():
+    table = tables.augmentation(ROWS)
+    own = ROWS[(ROWS["study"] == "flip") & (ROWS["augment"] == "none") & (ROWS["norm"] == "layer")]
+    distance = (own["train_accuracy"] - own["test_accuracy"]).mean()
+    assert table.loc[("none", 0.1), "layer, train minus test"] == pytest.approx(distance)
+    assert table["n"].tolist() == [3, 10, 3, 3, 10, 3]
+
+
+def test_ghost_batches_and_kinds_hold_three_runs_each():
+    for table in (tables.ghost_batches(ROWS), tables.groups(ROWS), tables.layer_kinds(ROWS)):
+        assert (table["n"] == 3).all()
+        assert ((table["lowest"] < table["test accuracy"]) & (table["test accuracy"] < table["highest"])).all()
+    assert tables.layer_kinds(ROWS)["parameters"].tolist() == [48_042, 48_042, 195_066, 49_880]
+
+
+def test_mutations_are_counted_by_test_file():
+    rows = pd.DataFrame({"test": ["test_a.py::test_x", "test_b.py", "test_a.py::test_y"]})
+    assert tables.mutations(rows)["guards"].to_dict() == {"test_a.py": 2, "test_b.py": 1, "in all": 3}
+
+
+def test_speed_is_compared_with_the_plain_loop():
+    bench = pd.DataFrame(
+        {"device": "gpu", "path": path, "net": net, "seconds_per_epoch": seconds, "ratio_plain_4": ratio}
+        for path, net, seconds, ratio in (
+            ("plain-4", "NetA", 3.0, np.nan),
+            ("captured", "NetA", 0.2, 15.0),
+            ("captured", "NetC", 0.3, 10.0),
+            ("scale", "NetA", 0.1, np.nan),
+        )
+    )
+    line = tables.speed(bench).loc[("gpu", "CUDA graph")]
+    assert line[["batch", "group", "times faster, from", "to"]].tolist() == [0.2, 0.3, 10.0, 15.0]
+    assert len(tables.speed(bench)) == 2
