@@ -8,6 +8,8 @@ Copies the executed notebook, the grids in img/, the weights, and the rows of re
 """
 
 import argparse
+import base64
+import io
 import re
 import shutil
 import subprocess
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import nbformat
 import pandas as pd
+from PIL import Image
 
 import utils
 from engine import files, records
@@ -73,8 +76,18 @@ def check_notebook(notebook):
             if output.output_type == "error" or output.get("name") == "stderr":
                 text = output.get("evalue") or output.get("text")
                 raise Refused(f"cell {number} ended in an error or a warning: {text.strip().splitlines()[-1]}")
+            if "image/png" in output.get("data", {}):
+                output.data["image/png"] = compress(output.data["image/png"])
         cell.outputs = join_streams(cell.outputs)
     return notebook
+
+
+def compress(png):
+    """Reduce a picture (PNG in base64) to 256 colors, so that the notebook stays under 1 MB."""
+    image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").quantize(256)
+    content = io.BytesIO()
+    image.save(content, "png", optimize=True)
+    return base64.b64encode(content.getvalue()).decode()
 
 
 def join_streams(outputs):
