@@ -145,8 +145,7 @@ class NetC(Net):
 def param_groups(net, weight_decay):
     """Split the parameters of a `Net` into two groups for any optimizer, as torch.optim takes them.
 
-    The weights of all convolutions but c11 decay, and `Muon` orthogonalizes their updates. Scales, shifts and c11
-    do neither.
+    All convolutions but c11 decay, and `Muon` orthogonalizes their updates. Scales, shifts and c11 do neither.
     """
     convolutions = [p for p in net.parameters() if p.ndim == 4 and p is not net.c11.weight]
     rest = [p for p in net.parameters() if p.ndim != 4 or p is net.c11.weight]
@@ -177,18 +176,12 @@ def check(norm, groups, widths, classes, in_channels):
     if not isinstance(norm, str) or norm not in NORMS:
         raise ValueError(f"norm is {norm!r}; choose one of {', '.join(NORMS)}")
     if not isinstance(widths, tuple | list) or len(widths) != len(CONVOLUTIONS):
-        raise ValueError(
-            f"widths is {widths!r}; give {len(CONVOLUTIONS)} numbers, one each for {' '.join(CONVOLUTIONS)}"
-        )
-    for name, width in zip(CONVOLUTIONS, widths, strict=True):
-        whole_number(name, width)
-    for name, count in {"groups": groups, "classes": classes, "in_channels": in_channels}.items():
+        raise ValueError(f"widths is {widths!r}; give {len(CONVOLUTIONS)}, one each for {' '.join(CONVOLUTIONS)}")
+    counts = dict(zip(CONVOLUTIONS, widths, strict=True), groups=groups, classes=classes, in_channels=in_channels)
+    for name, count in counts.items():
         whole_number(name, count)
-    if norm == "group":
-        normed = [width for name, width in zip(CONVOLUTIONS, widths, strict=True) if name.startswith("C")]
-        if any(width % groups for width in normed):
-            choices = [str(n) for n in range(1, min(normed) + 1) if not any(width % n for width in normed)]
-            raise ValueError(
-                f"groups is {groups}, which does not divide each of the widths {normed}; "
-                f"choose one of {', '.join(choices)}"
-            )
+    normed = [width for name, width in counts.items() if name.startswith("C")]
+    if norm == "group" and any(width % groups for width in normed):
+        choices = [str(n) for n in range(1, min(normed) + 1) if not any(width % n for width in normed)]
+        problem = f"groups is {groups}, which does not divide each of the widths {normed}"
+        raise ValueError(f"{problem}; choose one of {', '.join(choices)}")

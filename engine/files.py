@@ -12,6 +12,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
+ROOT = Path(__file__).resolve().parents[1]
+PATIENCE = 300  # seconds to wait for another process that writes the same file
+
 
 def save(path, write):
     """Call write(temporary path), then move that file to `path`; an older file stays whole whatever fails.
@@ -31,7 +34,7 @@ def replacement(path):
     try:
         _check_writable(target)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.with_name(f".{target.name}.lock")):
+        with FileLock(target.with_name(f".{target.name}.lock"), timeout=PATIENCE):
             for stale in target.parent.glob(".*.part*"):  # from killed processes: the living wait for the lock
                 if stale.name.startswith(f".{target.name}.") and len(stale.name) == len(temporary.name):
                     stale.unlink()
@@ -78,8 +81,8 @@ def read_bytes(path):
 def output_folder(path):
     """Create an output folder with subfolders results, img, weights and checkpoints, and return it, resolved.
 
-    ValueError when it can't be written, is a checkout (a folder in one, such as out/, is fine), the home folder or "/",
-    is inside a .git, or links from it lead into a checkout.
+    ValueError when it can't be written, is a checkout (a folder in one, such as out/, is fine), holds this one, is the
+    home folder or "/", is inside a .git, or links from it lead into a checkout.
     """
     folder, home = (Path(os.path.realpath(os.path.expanduser(place))) for place in (path, "~"))
 
@@ -87,16 +90,17 @@ def output_folder(path):
         return (place / "models.py").exists() or (place / ".git").exists()
 
     try:
-        if is_checkout(folder) or folder in (folder.parent, home) or ".git" in map(str.lower, folder.parts):
+        in_git = ".git" in map(str.lower, folder.parts)
+        if in_git or is_checkout(folder) or folder in (folder.parent, home, *ROOT.parents):
             raise OSError(f"{folder} holds other things")
         subfolders = [folder / name for name in ("results", "img", "weights", "checkpoints")]
         for place in (*subfolders, *(file for subfolder in subfolders for file in subfolder.glob("*"))):
             end = Path(os.path.realpath(place))
-            if end != place and any(map(is_checkout, (end, *end.parents))):
+            if is_checkout(end) or (end != place and any(map(is_checkout, end.parents))):
                 raise OSError(f"{place} leads to {end}, in a checkout")
         for subfolder in subfolders:
-            subfolder.mkdir(parents=True, exist_ok=True)
             _check_writable(Path(os.path.realpath(subfolder / "file")))
+            subfolder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{str(path)!r} can't be the output folder: {error}; choose another, such as 'out'") from None
     return folder

@@ -20,9 +20,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from engine.files import read_bytes, replacement, save
+from engine.files import ROOT, read_bytes, replacement, save
 
-ROOT = Path(__file__).resolve().parents[1]
 COMPUTING = ("models", "engine/data", "engine/muon", "engine/trainer", "engine/fast", "engine/kernels")
 # Read now: a process computes with what it loaded, whatever is edited later.
 CODE = [path.read_bytes() for name in COMPUTING if (path := ROOT / f"{name}.py").exists()]
@@ -173,7 +172,7 @@ def write_checkpoint(path, fingerprint, history, state):
     save(path, lambda temporary: temporary.write_bytes(content.getvalue()))
 
 
-def read_checkpoint(path, fingerprint, steps_per_epoch=None, like=None):
+def read_checkpoint(path, fingerprint, steps_per_epoch, like):
     """Return what `write_checkpoint` saved, a dict of fingerprint, history and state; None when absent.
 
     like  a state of the same run at any step: the saved one must have its keys, shapes and types
@@ -188,7 +187,7 @@ def read_checkpoint(path, fingerprint, steps_per_epoch=None, like=None):
         if zipfile.ZipFile(io.BytesIO(content)).testzip():  # torch.load does not look at the check sums
             raise ValueError("its check sum is wrong")
         saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        found, history, state = (saved[name] for name in ("fingerprint", "history", "state"))
+        found, history, state = map(saved.get, ("fingerprint", "history", "state"))
         differing = [name for name in {**fingerprint, **found} if found.get(name) != fingerprint.get(name)]
         if differing == ["initial weights"] and weights_hash(state["net"]) == fingerprint["initial weights"]:
             differing = []  # the net that the run left behind
@@ -208,12 +207,12 @@ def read_checkpoint(path, fingerprint, steps_per_epoch=None, like=None):
 
 def _check_progress(fingerprint, history, state, steps_per_epoch):
     epochs, step = len(history), int(state["global_step"])
-    limit, steps = fingerprint.get("epochs", epochs), steps_per_epoch or step // max(1, epochs)
+    limit = fingerprint.get("epochs", epochs)
     for number, epoch in enumerate(history, 1):
         numeric = epoch.keys() == HISTORY and all(type(value) in (int, float) for value in epoch.values())
         if not numeric or epoch["epoch"] != number or number > limit:
             raise ValueError(f"epoch {number} of its history is not one of {limit}, with {', '.join(sorted(HISTORY))}")
-    if not isinstance(history, list) or step != epochs * steps or (step == 0) != (epochs == 0):
+    if not isinstance(history, list) or step != epochs * steps_per_epoch:
         raise ValueError(f"its history has {epochs} epochs, its state is after {step} steps")
     if epochs == 0 and weights_hash(state["net"]) != fingerprint["initial weights"]:
         raise ValueError("its history is empty, its weights are not the initial ones")
@@ -221,11 +220,11 @@ def _check_progress(fingerprint, history, state, steps_per_epoch):
 
 def _check_form(value, like, name):
     if isinstance(value, torch.Tensor) and isinstance(like, torch.Tensor):
-        form, wanted = ((tuple(x.shape), x.dtype, x.layout) for x in (value, like))
+        form, wanted = ((tuple(x.shape), x.dtype, x.layout, x.is_meta) for x in (value, like))
     elif isinstance(value, dict) and isinstance(like, dict):
-        form, wanted = set(value), set(like or value)  # some optimizers' state is {} before their first step
+        form, wanted = set(value), set(like)
     else:
-        form, wanted = type(value), type(value if like is None else like)
+        form, wanted = type(value), type(like)
     if form != wanted:
         raise ValueError(f"its {name} is {form}, not {wanted}")
     for key in like if isinstance(like, dict) else ():

@@ -24,11 +24,19 @@ def muon(groups, lr, momentum, dtype):
 
 def sgd(groups, lr, momentum, dtype):
     # Of PyTorch's kinds only the fused one reads a learning rate on the device without waiting for it.
-    return torch.optim.SGD(groups, lr, momentum, nesterov=True, fused=True)
+    return with_state(torch.optim.SGD(groups, lr, momentum, nesterov=True, fused=True), "momentum_buffer")
 
 
 def adamw(groups, lr, momentum, dtype):
-    return torch.optim.AdamW(groups, lr, (momentum, 0.999), capturable=lr.is_cuda, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr, (momentum, 0.999), capturable=lr.is_cuda, fused=True)
+    return with_state(optimizer, "step", "exp_avg", "exp_avg_sq")
+
+
+def with_state(optimizer, *names):
+    """Create the state that PyTorch creates in the first step, so that a checkpoint can be held to its form."""
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        optimizer.state[p] = {name: p.new_zeros(()) if name == "step" else torch.zeros_like(p) for name in names}
+    return optimizer
 
 
 # Decay is decoupled (Loshchilov & Hutter 2019) in muon and adamw, an L2 term in the gradient in sgd.
@@ -84,7 +92,7 @@ class Trainer:
         self.on_stream = functools.partial(torch.cuda.stream, self.stream) if self.stream else contextlib.nullcontext
         if compile and fast.can_compile(device):
             self.loss = torch.compile(self.loss, dynamic=False)
-        self.replay = self.capture() if self.stream and capture else self.step
+        self.recorded = self.capture() if self.stream and capture else None  # self.step would keep this object alive
 
     def batch(self):
         """Return the current step's normalized images (B, 3, 32, 32) and labels (B,)."""
@@ -114,6 +122,10 @@ class Trainer:
                 torch._foreach_copy_(*map(list, zip(*self.copied, strict=True)))
             self.metric_sums += torch.stack([loss, accuracy])
             self.counts += 1 - self.diverged.long()  # stays at the first step that diverged
+
+    def replay(self):
+        """Take one training step: replay the recorded one where there is one."""
+        (self.recorded or self.step)()
 
     def loss(self, images, labels):
         """Return the mean loss and the share of right answers of a batch."""
@@ -210,17 +222,11 @@ class Trainer:
     def load_state_dict(self, state):
         """Resume from a `state_dict` of the same net, data and settings."""
         self.net.load_state_dict(state["net"])
-        if self.optimizer.state:  # written in place, since a recorded graph reads these very tensors
-            for own, saved in zip(
-                self.optimizer.state_dict()["state"].values(), state["optimizer"].values(), strict=True
-            ):
-                for name, tensor in own.items():
-                    tensor.copy_(saved[name])
-        elif state["optimizer"]:
-            groups = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.lr
+        # Written in place, since a recorded graph reads these very tensors.
+        pairs = zip(self.optimizer.state_dict()["state"].values(), state["optimizer"].values(), strict=True)
+        for own, saved in pairs:
+            for name, tensor in own.items():
+                tensor.copy_(saved[name])
         with torch.no_grad():
             self.global_step.copy_(state["global_step"])
             self.flip.copy_(state["flip"])

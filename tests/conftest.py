@@ -1,19 +1,35 @@
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+os.environ.setdefault("MPLBACKEND", "agg")  # no windows, whichever system this is
+
+import matplotlib.pyplot as plt
 import pytest
 import torch
+from hypothesis import settings
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-import utils  # noqa: E402
+from engine.data import load_data, synthetic_data  # noqa: E402
+
+settings.register_profile("here", deadline=None, derandomize=True, database=None)  # the same examples on every machine
+settings.load_profile("here")
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def closed_figures():
+    """Close the figures that a test leaves open."""
+    yield
+    plt.close("all")
 
 
 @pytest.fixture(scope="session")
@@ -28,26 +44,34 @@ def device(request):
 
 
 @pytest.fixture(scope="session")
-def stand_in(cpu):
-    return utils.draw_stand_in(cpu)
+def synthetic(cpu):
+    return synthetic_data(cpu)
 
 
 @pytest.fixture(scope="session")
 def real(cpu):
     """CIFAR-10, or a skip that says why it is not here."""
     try:
-        return utils.load_data(cpu, "cifar10", ROOT / "data")
+        return load_data(cpu, "cifar10", ROOT / "data")
     except OSError as error:
         pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")
-def small(stand_in):
-    """600 training and 200 test images of the stand-in."""
-    return utils.replace(
-        stand_in,
-        images=stand_in.images[:600],
-        labels=stand_in.labels[:600],
-        test_images=stand_in.test_images[:200],
-        test_labels=stand_in.test_labels[:200],
+def small(synthetic):
+    """600 training and 200 test images of the synthetic data."""
+    return replace(
+        synthetic,
+        images=synthetic.images[:600],
+        labels=synthetic.labels[:600],
+        test_images=synthetic.test_images[:200],
+        test_labels=synthetic.test_labels[:200],
     )
+
+
+@pytest.fixture(autouse=True)
+def same_number_of_threads():
+    """Give the next test as many threads as this one had: fingerprints count them."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

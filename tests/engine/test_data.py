@@ -279,10 +279,12 @@ def test_human_votes(cifar10):
 
 
 def test_no_data_is_in_the_repository():
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    listed = subprocess.run(["git", "ls-files", "--stage"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("not a git checkout")
-    assert not [path for path in listed.stdout.splitlines() if path.startswith("data/") or path.endswith(".npy")]
+    modes, paths = zip(*((line.split()[0], line.split("\t")[1]) for line in listed.stdout.splitlines()), strict=True)
+    assert not [path for path in paths if path.split("/")[0] == "data" or path.endswith(".npy")]
+    assert set(modes) == {"100644", "100755"}, "a link would lead out of the checkout, or into someone's files"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,165 @@
+"""Each fast part against the stock PyTorch part that it stands in for, forward and backward."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import models
+from engine import fast
+
+NETS = ("batch", "layer", "group", "none")
+
+
+def run(module, x, gradient):
+    """Return output, gradient of the input and gradients of the parameters."""
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    module.zero_grad()
+    y = module(x)
+    y.backward(gradient.to(y.dtype))
+    return [y.detach(), x.grad, *(p.grad.clone() for p in module.parameters())]
+
+
+@pytest.mark.parametrize("size", [(16, 8), (32, 32)])  # below and from 1,024 pixels, two ways on a CPU
+@pytest.mark.parametrize("mean", [1, 21])  # bfloat16 can't tell 21 from 21.06
+@pytest.mark.parametrize("groups", [1, 4, 32])
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-4), (torch.bfloat16, 0.01)])
+def test_group_norm_equals_nn_group_norm_in_float64(device, size, mean, groups, dtype, rounding):
+    torch.manual_seed(0)
+    if dtype == torch.bfloat16 and device.type == "cuda":
+        dtype = torch.float16  # what GPUs train in
+    norm = nn.GroupNorm(groups, 32)
+    nn.init.normal_(norm.weight, 1, 0.3)
+    nn.init.normal_(norm.bias)
+    x, gradient = torch.randn(2, 20, 32, *size)
+    x, gradient = (
+        tensor.to(device, dtype).contiguous(memory_format=torch.channels_last) for tensor in (x * 2 + mean, gradient)
+    )
+    expected = run(copy.deepcopy(norm).to(device).double(), x.double(), gradient)
+    found = run(fast.ChannelsLastGroupNorm(norm.to(device)), x, gradient)
+    for right, value in zip(expected, found, strict=True):
+        assert (value - right).norm() < rounding * right.norm()
+    assert found[0].dtype == dtype
+    assert found[0].is_contiguous(memory_format=torch.channels_last)
+    assert found[1].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_average_pooling_equals_nn_avg_pool(device):
+    torch.manual_seed(0)
+    x = torch.randn(4, 24, 16, 8, device=device).contiguous(memory_format=torch.channels_last)
+    gradient = torch.randn(4, 24, 8, 4, device=device)
+    for expected, found in zip(run(nn.AvgPool2d(2), x, gradient), run(fast.AvgPool2x2(), x, gradient), strict=True):
+        assert torch.allclose(found, expected, atol=1e-6)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("norm", NETS)
+def test_low_precision_copy_equals_the_net_in_float32(device, norm):
+    torch.manual_seed(0)
+    net = models.Net(norm).to(device, memory_format=torch.channels_last)
+    for parameter in net.parameters():
+        if parameter.ndim == 1:
+            nn.init.normal_(parameter, 1, 0.3)
+    copied = fast.low_precision_copy(net, torch.float32)
+    assert [p.shape for p in copied.parameters()] == [p.shape for p in net.parameters()]
+    images = torch.randn(8, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
+    logits = torch.randn(8, 10, device=device)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        expected, found = run(net, images, logits), run(copied, images, logits)
+    for right, value in zip(expected, found, strict=True):
+        assert (value - right).norm() < 1e-4 * right.norm()
+
+
+@pytest.mark.parametrize("norm", NETS)
+def test_low_precision_copy_rounds_and_no_more(norm):
+    torch.manual_seed(0)
+    net = models.Net(norm).to(memory_format=torch.channels_last)
+    images = torch.randn(8, 3, 32, 32)
+    logits = fast.low_precision_copy(net, torch.bfloat16)(images.bfloat16())
+    assert logits.dtype == torch.bfloat16
+    assert (logits - net(images)).norm() < 0.03 * logits.norm()
+
+
+def test_norms_stay_in_float32_and_are_the_nets_own():
+    for norm in ("batch", "layer", "group"):
+        net = models.Net(norm)
+        copied = fast.low_precision_copy(net, torch.bfloat16)
+        shared = copied.C2.norm if norm == "batch" else copied.C2.norm.norm
+        assert shared is net.C2.norm  # with the running averages, in the case of batch norm
+        assert net.C2.norm.weight.dtype == torch.float32
+        assert copied.C2.conv.weight.dtype == torch.bfloat16
+        assert net.C2.conv.weight.dtype == torch.float32
+        assert isinstance(net.P1, nn.AvgPool2d), "the net itself was changed"
+    net = models.NetB()
+    net.C2.norm = nn.LayerNorm([32, 32, 32])
+    assert fast.low_precision_copy(net, torch.bfloat16).C2.norm.weight.dtype == torch.bfloat16
+
+
+def test_precision_is_what_the_device_computes_with(monkeypatch):
+    cuda = torch.device("cuda")
+    for capability, dtype in (((6, 1), torch.float32), ((7, 0), torch.float16), ((9, 0), torch.float16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert fast.pick_precision(cuda) == dtype
+    for feature, dtype in (("avx512_bf16", torch.bfloat16), ("amx_bf16", torch.bfloat16), ("avx2", torch.float32)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda feature=feature: {feature: True})
+        assert fast.pick_precision(torch.device("cpu")) == dtype
+    assert fast.pick_precision(torch.device("mps")) == torch.float32
+
+
+@pytest.mark.parametrize("limit", [2**40, 2**25, 0])
+def test_memory_is_kept_as_far_as_the_library_allows(monkeypatch, limit):
+    calls = []
+
+    class Library:
+        def mallopt(self, option, value):
+            calls.append((option, value))
+            return int(option != -3 or value <= limit)
+
+    monkeypatch.setattr(fast.ctypes, "CDLL", lambda name: Library())
+    fast.keep_memory()
+    accepted = [value for option, value in calls if option == -3 and value <= limit]
+    trimmed = [value for option, value in calls if option == -1]
+    assert len(accepted) == len(trimmed) == int(limit > 0)  # the second option without the first would slow all down
+
+
+def test_another_c_library_is_left_alone(monkeypatch):
+    def absent(name):
+        raise OSError("another library")
+
+    monkeypatch.setattr(fast.ctypes, "CDLL", absent)
+    fast.keep_memory()
+    monkeypatch.setattr(fast.ctypes, "CDLL", lambda name: object())  # without mallopt
+    fast.keep_memory()
+
+
+def test_whether_the_compiler_works_is_asked_of_the_compiler(monkeypatch, capsys, cpu):
+    def fails(function):
+        def compiled(x):
+            raise RuntimeError("no C compiler\nand much more")
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", fails)
+    assert not fast.can_compile(cpu)
+    assert capsys.readouterr().out == "torch.compile does not work here, training without it: no C compiler\n"
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    assert fast.can_compile(cpu)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_compiler_that_fails_without_a_word(monkeypatch, capsys, cpu):
+    def fails(function):
+        raise RuntimeError
+
+    monkeypatch.setattr(torch, "compile", fails)
+    assert not fast.can_compile(cpu)
+    assert capsys.readouterr().out == "torch.compile does not work here, training without it: RuntimeError\n"
+
+
+@pytest.mark.gpu
+def test_each_number_has_one_stream():
+    device = torch.device("cuda")
+    streams = [fast.cuda_stream(device, number) for number in (0, 1, 0)]
+    assert streams[0] is streams[2]
+    assert streams[0] is not streams[1]

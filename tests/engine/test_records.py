@@ -1,0 +1,937 @@
+"""Rows, checkpoints and fingerprints: nothing is lost, nothing of another run is taken, nothing damaged is read."""
+
+import contextlib
+import csv
+import errno
+import functools
+import io
+import itertools
+import os
+import pickle
+import random
+import signal
+import struct
+import subprocess
+import tempfile
+import time
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import utils
+from engine import fast, files, records
+from engine.data import Data
+from engine.trainer import Trainer
+from experiments import variants
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = utils.Settings(epochs=3, batch_size=20, augment="flip+crop")
+GENERATOR = torch.Generator().manual_seed(0)
+IMAGES = torch.randint(0, 256, (80, 32, 32, 3), dtype=torch.uint8, generator=GENERATOR)
+LABELS = torch.arange(80) % 10
+DATA = Data(IMAGES[:60], LABELS[:60], IMAGES[60:], LABELS[60:])
+
+
+def refused(call, error, *parts):
+    """Call, and check that it raises `error` with one line that has all `parts`."""
+    with pytest.raises(error, match=r"\A[^\n]+\Z") as caught:
+        call()
+    for part in parts:
+        assert str(part) in str(caught.value)
+
+
+def child(call):
+    """Call in a forked process; return its id."""
+    if pid := os.fork():
+        return pid
+    with contextlib.suppress(BaseException):
+        call()
+        os._exit(0)
+    os._exit(1)
+
+
+def wait(*pids):
+    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids] == [0] * len(pids)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows
+# ---------------------------------------------------------------------------------------------------------------------
+
+ROW = {"study": "main", "net": "NetA", "seed": 0, "test_accuracy": 70.5}
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def path(tmp_path):
+    """A table of two rows."""
+    path = tmp_path / "runs.csv"
+    path.write_text("study,net,seed,test_accuracy\nmain,NetA,0,70.50\nmain,NetA,1,71.0\n")
+    return path
+
+
+def test_a_row_replaces_the_one_with_its_settings_and_no_other(path):
+    records.upsert(path, [ROW | {"test_accuracy": 72.25}, ROW | {"seed": 2}])
+    assert path.read_text().splitlines()[1:] == ["main,NetA,1,71.0", "main,NetA,0,72.25", "main,NetA,2,70.5"]
+    records.upsert(path, [ROW | {"seed": 7}], key=["net"])
+    assert [row["seed"] for row in rows_of(path)] == ["7"]
+
+
+def test_old_rows_stay_as_they_are_written(path):
+    path.write_text('study,net,seed,note\nmain,NetA,0,"a, ""b""\nc"\nmain,NetB,007,0.50\n')
+    records.upsert(path, [{"study": "main", "net": "NetA", "seed": 1, "note": ""}])
+    assert path.read_text() == 'study,net,seed,note\nmain,NetA,0,"a, ""b""\nc"\nmain,NetB,007,0.50\nmain,NetA,1,\n'
+
+
+def test_a_row_without_a_column_that_tells_rows_apart_is_refused(path):
+    before = path.read_bytes()
+    for name in ("study", "net", "seed"):
+        row = {key: value for key, value in ROW.items() if key != name}
+        refused(lambda row=row: records.upsert(path, [ROW, row]), ValueError, path, repr(name))
+    refused(lambda: records.upsert(path, [{"seed": 1}], key=["net"]), ValueError, path, "'net'")
+    assert path.read_bytes() == before
+    records.upsert(path, [{"study": "main", "net": "NetA", "seed": 5}])  # what is measured may be absent
+    assert rows_of(path)[-1]["test_accuracy"] == ""
+
+
+def test_a_new_column_leaves_old_rows(path):
+    records.upsert(path, [ROW | {"augment": "flip"}])
+    assert [(row["seed"], row["augment"]) for row in rows_of(path)] == [("0", ""), ("1", ""), ("0", "flip")]
+    records.upsert(path, [ROW | {"augment": "", "test_accuracy": 1}])
+    assert [row["test_accuracy"] for row in rows_of(path)] == ["71.0", "70.5", "1"]
+
+
+def test_a_row_from_before_a_column_is_replaced(path):
+    """Absent counts as empty."""
+    records.upsert(path, [ROW | {"augment": "", "test_accuracy": 1}])
+    assert [(row["seed"], row["test_accuracy"]) for row in rows_of(path)] == [("1", "71.0"), ("0", "1")]
+
+
+def test_whole_numbers_are_one_key_however_they_are_written(path):
+    for seed in (0, 0.0, "0", np.int64(0), np.float64(0), torch.tensor(0), torch.tensor(0.0)):
+        records.upsert(path, [ROW | {"seed": seed}])
+        assert len(rows_of(path)) == 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\n\n",
+        b"study;net;seed\nmain;NetA;0\n",
+        b"study, net, seed\nmain, NetA, 0\n",
+        b"study,net,seed\nmain, NetA,0\n",
+        b"study\tnet\tseed\nmain\tNetA\t0\n",
+        b"study,net,seed\nmain,NetA,0\nmain,Ne",
+        b"study,net,seed\nmain,NetA,0\nmain,NetA\n",
+        b"study,net,seed\nmain,NetA,0\nmain,NetA,1",
+        b"study,net,seed\nmain,NetA,0,1\n",
+        b'study,net,seed\nmain,"NetA,0\n',
+        b'study,net,seed\nmain,"Net"A,0\n',
+        b"study,net,net\nmain,NetA,0\n",
+        b"study,net,\nmain,NetA,0\n",
+        b"study,net,seed\nmain,Net\xe4,0\n",
+        "study,net,seed\nmain,NetA,0\n".encode("utf-16"),
+        b"study,net,seed\nmain,NetA,0\n\0\0\0\0\n",
+        b"PK\x03\x04\n",
+        b"<<<<<<< HEAD\nstudy,net,seed\n",
+        b"study,net,seed\n<<<<<<< HEAD\nmain,NetA,0\n",
+    ],
+)
+@pytest.mark.parametrize("call", [lambda path: records.upsert(path, [ROW]), records.read_rows])
+def test_a_file_that_is_no_whole_table_is_refused_and_kept(tmp_path, content, call):
+    path = tmp_path / "runs.csv"
+    path.write_bytes(content)
+    refused(lambda: call(path), ValueError, path)
+    assert path.read_bytes() == content
+    assert {file.name for file in tmp_path.iterdir()} <= {"runs.csv", ".runs.csv.lock"}
+
+
+@pytest.mark.parametrize(
+    "row", [{"a;b": 1}, {"a,b": 1}, {" a": 1}, {"": 1}, {"a\n": 1}, {"net": " NetA"}, {"net": "NetA\n"}, {0: 1, "0": 2}]
+)
+def test_rows_that_could_not_be_read_again_are_refused(path, row):
+    before = path.read_bytes()
+    refused(lambda: records.upsert(path, [ROW | row]), ValueError, path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("value", ["a,b", 'a "b"', "a\nb", "a\r\nb", "ä→", "=1+1", "x" * 200_000, "\0", "#", "'"])
+def test_texts_come_back_as_they_went(path, value):
+    for _ in range(2):
+        records.upsert(path, [ROW | {"net": value}])
+    with open(path, newline="", encoding="utf-8") as file:
+        csv.field_size_limit(10**6)
+        assert list(csv.DictReader(file))[-1]["net"] == value
+    assert len(records._table(path, path.read_bytes())) == 4
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xef\xbb\xbfstudy,net,seed\nmain,NetA,0\n", b"study,net,seed\r\nmain,NetA,0\r\n"]
+)
+def test_what_spreadsheets_write_is_read(tmp_path, content):
+    path = tmp_path / "runs.csv"
+    path.write_bytes(content)
+    records.upsert(path, [ROW])
+    assert [next(iter(row)) for row in rows_of(path)] == ["study"]
+    assert len(records.read_rows(path)) == 1
+
+
+def test_numbers_are_written_short(tmp_path):
+    """0.59 of float32 is 0.5899999737739563 in float64."""
+    values = torch.tensor([0.59, 0.1])
+    frame = pd.DataFrame({"seed": [1, 2], "value": values.numpy(), "flag": [True, False], "empty": [None, np.nan]})
+    records.upsert(tmp_path / "a.csv", frame)
+    rows = [{"seed": 1 + i, "value": value, "flag": not i, "empty": pd.NA} for i, value in enumerate(values)]
+    records.upsert(tmp_path / "b.csv", rows)
+    for name in ("a.csv", "b.csv"):
+        assert (tmp_path / name).read_text() == "seed,value,flag,empty\n1,0.59,True,\n2,0.1,False,\n"
+
+
+def test_nothing_new_writes_nothing(tmp_path):
+    for rows in ([], pd.DataFrame(columns=["net"]), iter(())):
+        records.upsert(tmp_path / "runs.csv", rows)
+    assert not list(tmp_path.iterdir())
+    assert list(records.read_rows(tmp_path / "runs.csv").columns) == ["study", "net", "split"]
+
+
+def test_rows_are_written_through_links_and_not_into_what_is_read_only(path, tmp_path):
+    (tmp_path / "link.csv").symlink_to("runs.csv")
+    records.upsert(tmp_path / "link.csv", [ROW | {"seed": 2}])
+    assert (tmp_path / "link.csv").is_symlink()
+    assert len(rows_of(path)) == 3
+    path.chmod(0o444)
+    for name in ("link.csv", "runs.csv"):
+        refused(lambda name=name: records.upsert(tmp_path / name, [ROW]), OSError, tmp_path / name, "read-only")
+    assert len(rows_of(path)) == 3
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_no_table_is_waited_for(tmp_path, make):
+    make(tmp_path / "runs.csv")
+    for call in (lambda path: records.upsert(path, [ROW]), records.read_rows):
+        refused(lambda call=call: call(tmp_path / "runs.csv"), OSError, tmp_path / "runs.csv")
+
+
+def test_no_row_of_several_writers_is_lost(tmp_path):
+    path, writers, count = tmp_path / "new" / "runs.csv", 8, 10
+
+    def write(writer):
+        for number in range(count):
+            records.upsert(path, [ROW | {"net": f"Net{writer}", "seed": number}])
+
+    wait(*[child(lambda writer=writer: write(writer)) for writer in range(writers)])
+    found = {(row["net"], row["seed"]) for row in rows_of(path)}
+    assert found == {(f"Net{writer}", str(number)) for writer in range(writers) for number in range(count)}
+    assert len(rows_of(path)) == writers * count
+
+
+def test_no_row_is_lost_to_kills(tmp_path):
+    path, generator, written = tmp_path / "runs.csv", random.Random(0), tmp_path / "written"
+
+    def write(number):
+        for seed in itertools.count():
+            records.upsert(path, [ROW | {"net": f"Net{number}", "seed": seed}])
+            with open(written, "a") as file:
+                file.write(f"Net{number} {seed}\n")
+
+    for number in range(20):
+        pid = child(lambda number=number: write(number))
+        time.sleep(generator.uniform(0.03, 0.06))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        found = {f"{row['net']} {row['seed']}" for row in rows_of(path)} if path.exists() else set()
+        assert set(written.read_text().splitlines() if written.exists() else ()) <= found
+    assert len(found) > 20
+
+
+def test_two_notebooks_share_an_output_folder(tmp_path):
+    """The same run and other runs, saved at the same time."""
+    folder = files.output_folder(tmp_path / "out")
+
+    def notebook(seeds):
+        torch.set_num_threads(1)
+        for seed in seeds:
+            settings = replace(SETTINGS, epochs=1, seed=seed)
+            one = utils.run("NetA", DATA, settings, track=False)
+            utils.save_runs([one], DATA, folder)
+
+    wait(child(lambda: notebook((0, 1, 2))), child(lambda: notebook((0, 3, 4))))
+    assert sorted(row["seed"] for row in rows_of(folder / "results" / "runs.csv")) == list("01234")
+    torch.load(folder / "weights" / "NetA.pt", weights_only=True)
+    for name in ("history", "mistakes"):
+        records.read_rows(folder / "results" / f"{name}.csv")
+    assert not list(tmp_path.rglob(".*.part*"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints of another run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def trained(path=None, net=None, data=DATA, settings=SETTINGS, **options):
+    net = net or utils.build("NetA", settings)
+    history = utils.train(net, data, settings, checkpoint=path, **options)
+    return net.state_dict(), history
+
+
+def same(first, second):
+    return list(first) == list(second) and all(torch.equal(first[name], second[name]) for name in first)
+
+
+class Interrupted:
+    """Inside, training stops with KeyboardInterrupt at a step counted from 1."""
+
+    def __init__(self, monkeypatch, step):
+        self.context, self.left, self.step = monkeypatch.context(), step, Trainer.step
+
+    def __enter__(self):
+        def count(trainer):
+            self.step(trainer)
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+
+        self.context.__enter__().setattr(Trainer, "step", count)
+
+    def __exit__(self, *error):
+        self.context.__exit__(*error)
+        assert error[0] is KeyboardInterrupt
+        return True
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The checkpoint of a finished run of NetA."""
+    path = tmp_path_factory.mktemp("finished") / "run.pt"
+    trained(path)
+    return path
+
+
+def swap(tensor, *places):
+    """Return a copy with two rows swapped."""
+    order = list(range(len(tensor)))
+    for place, other in zip(places, reversed(places), strict=True):
+        order[place] = other
+    return tensor[order]
+
+
+def reordered(order):
+    return replace(DATA, images=DATA.images[order], labels=DATA.labels[order])
+
+
+def altered(name, *place, by=1):
+    tensor = getattr(DATA, name).clone()
+    tensor[place] += by
+    return replace(DATA, **{name: tensor})
+
+
+OTHER_DATA = {
+    "another order": (reordered(torch.arange(60).flip(0)), "training images"),
+    "two images swapped within a class": (replace(DATA, images=swap(DATA.images, 3, 13)), "training images"),
+    "two images swapped with their labels": (reordered(swap(torch.arange(60), 3, 4)), "training images"),
+    "one pixel": (altered("images", 59, 31, 31, 2), "training images"),
+    "mirrored": (replace(DATA, images=DATA.images.flip(2)), "training images"),
+    "two labels swapped": (replace(DATA, labels=swap(DATA.labels, 3, 4)), "training labels"),
+    "fewer": (replace(DATA, images=DATA.images[:40], labels=DATA.labels[:40]), "training images"),
+    "another test split": (replace(DATA, test_images=255 - DATA.test_images), "test images"),
+    "test images in another order": (replace(DATA, test_images=swap(DATA.test_images, 0, 10)), "test images"),
+    "test labels": (replace(DATA, test_labels=swap(DATA.test_labels, 0, 1)), "test labels"),
+    "name": (replace(DATA, name="SYNTHETIC"), "data name"),
+    "split": (replace(DATA, split="validation"), "data name"),
+}
+
+
+@pytest.mark.parametrize("change", OTHER_DATA)
+def test_a_checkpoint_of_other_data_is_refused_and_kept(finished, change):
+    data, difference = OTHER_DATA[change]
+    before = finished.read_bytes()
+    refused(lambda: trained(finished, data=data), ValueError, finished, f"is a checkpoint with {difference} ", "delete")
+    assert finished.read_bytes() == before
+
+
+def altered_net(name, alter, settings=SETTINGS):
+    net = utils.build(name, settings)
+    for block in net:
+        if isinstance(block, nn.Sequential):
+            alter(block)
+    return net
+
+
+def set_norm(make):
+    return lambda block: block.set_submodule("norm", make(block.conv.out_channels))
+
+
+class Doubled(nn.SiLU):
+    """By its repr, SiLU."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+    def _get_name(self):
+        return "SiLU"
+
+
+def kaiming(net):
+    variants.kaiming_init(net, 0)
+    return net
+
+
+def same_but(block):
+    block.norm.eps = 1e-3
+
+
+NETS = {
+    "layer norm": lambda: utils.build("NetB", SETTINGS),
+    "no norm": lambda: utils.build("Net", SETTINGS),
+    "per-pixel layer norm": lambda: altered_net("NetA", set_norm(variants.LayerNorm2d)),
+    "ghost batch norm": lambda: altered_net("NetA", set_norm(lambda n: variants.GhostBatchNorm(n, 10))),
+    "ghost batch norm of another size": lambda: altered_net("NetA", set_norm(lambda n: variants.GhostBatchNorm(n, 5))),
+    "ReLU": lambda: altered_net("NetA", lambda block: block.set_submodule("activation", nn.ReLU())),
+    "another forward": lambda: altered_net("NetA", lambda block: block.set_submodule("activation", Doubled())),
+    "another epsilon": lambda: altered_net("NetA", same_but),
+    "Kaiming weights": lambda: kaiming(utils.build("NetA", SETTINGS)),
+    "another seed's weights": lambda: utils.build("NetA", replace(SETTINGS, seed=1)),
+    "other widths": lambda: utils.build("NetA", SETTINGS, widths=(16,) * 10),
+}
+
+
+@pytest.mark.parametrize("change", NETS)
+def test_a_checkpoint_of_another_net_is_refused_and_kept(finished, change):
+    net, before = NETS[change](), finished.read_bytes()
+    weights = {name: value.clone() for name, value in net.state_dict().items()}
+    refused(lambda: trained(finished, net), ValueError, finished, "is a checkpoint with ", "delete it to start anew")
+    assert finished.read_bytes() == before
+    assert same(net.state_dict(), weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "alter"),
+    [
+        ("NetB", set_norm(variants.LayerNorm2d)),
+        ("NetB", set_norm(lambda n: nn.GroupNorm(4, n))),
+        ("NetC", set_norm(lambda n: nn.GroupNorm(2, n))),
+        ("NetA", set_norm(lambda n: variants.GhostBatchNorm(n, 10))),
+        ("NetA", set_norm(lambda n: nn.BatchNorm2d(n, momentum=0.2))),
+        ("NetA", lambda block: block.set_submodule("activation", nn.GELU())),
+        ("NetA", lambda block: block.set_submodule("activation", Doubled())),
+    ],
+)
+def test_nets_of_equal_weights_are_told_apart(name, alter):
+    """They have the published nets' parameters, names and initial values."""
+    first, second = utils.build(name, SETTINGS), altered_net(name, alter)
+    assert same(first.state_dict(), second.state_dict())
+    prints = [records.fingerprint(net, DATA, SETTINGS, True) for net in (first, second)]
+    assert prints[0] != prints[1]
+
+
+def test_modules_of_one_name_that_compute_something_else_are_told_apart():
+    prints = []
+    for forward in (lambda self, x: 2 * x, lambda self, x: 3 * x, lambda self, x: x.abs(), lambda self, x: x.exp()):
+        activation = type("Activation", (nn.Module,), {"forward": forward})
+        net = altered_net("NetA", lambda block, make=activation: block.set_submodule("activation", make()))
+        prints.append(records.fingerprint(net, DATA, SETTINGS, True))
+    assert len({one["net's modules"] for one in prints}) == 1
+    assert len({one["training code"] for one in prints}) == 4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"learning_rate": 0.01},
+        {"weight_decay": 0.1},
+        {"momentum": 0.9},
+        {"optimizer": "sgd"},
+        {"batch_size": 10},
+        {"epochs": 4},
+        {"epochs": 2},
+        {"augment": "flip"},
+        {"seed": 1},
+    ],
+)
+def test_a_checkpoint_of_other_settings_is_refused(finished, changes):
+    ((name, value),) = changes.items()
+    net = utils.build("NetA", SETTINGS)
+    settings = replace(SETTINGS, **changes)
+    call = functools.partial(trained, finished, net, settings=settings)
+    refused(call, ValueError, f"{finished} is a checkpoint with {name} {getattr(SETTINGS, name)}, not {value};")
+
+
+def test_a_checkpoint_with_tests_and_one_without_are_told_apart(finished, tmp_path):
+    refused(lambda: trained(finished, track=False), ValueError, "each epoch tested True, not False")
+    trained(tmp_path / "run.pt", track=False)
+    refused(lambda: trained(tmp_path / "run.pt"), ValueError, "each epoch tested False, not True")
+
+
+def test_a_checkpoint_of_another_number_of_threads_is_refused(finished):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        refused(lambda: trained(finished), ValueError, f"thread count {threads}, not {threads + 1}")
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value", "difference"),
+    [
+        (records, "CODE", [b"# another version"], "training code"),
+        (torch, "__version__", "9.9", "torch version"),
+        (records, "device_name", lambda device: "another machine", "device name"),
+        (fast, "pick_precision", lambda device: torch.float64, "number format"),
+    ],
+)
+def test_a_checkpoint_of_other_code_or_another_machine_is_refused(
+    finished, monkeypatch, owner, name, value, difference
+):
+    monkeypatch.setattr(owner, name, value)
+    refused(lambda: trained(finished), ValueError, f"is a checkpoint with {difference} ")
+
+
+def test_the_code_of_every_room_that_computes_counts():
+    for name in ("models", "engine/data", "engine/muon", "engine/trainer", "engine/fast"):
+        assert (ROOT / f"{name}.py").read_bytes() in records.CODE
+
+
+def test_a_hash_tells_values_places_types_and_shapes_apart():
+    big = torch.arange(3 * 2**19, dtype=torch.int32).view(3, -1)
+    tensors = [DATA.images, DATA.images.flip(0), DATA.images.float(), DATA.images.view(60, -1), DATA.images[:59]]
+    tensors += [DATA.images.permute(0, 3, 1, 2), DATA.images.permute(0, 3, 2, 1), big, big[[1, 0, 2]], big.flip(1)]
+    tensors += [torch.tensor(value) for value in (0.0, -0.0, 0, 1.0, 1, True, False)]
+    tensors += [torch.zeros(size, dtype=torch.uint8) for size in (1, 2, 3, 4, 16384, 16385)]
+    hashes = [records.data_hash(tensor) for tensor in tensors]
+    hashes += [records.data_hash(*pair) for pair in itertools.permutations(tensors[-4:], 2)]
+    assert len(set(hashes)) == len(hashes)
+
+
+def test_a_hash_does_not_depend_on_how_a_tensor_lies_in_memory():
+    whole = torch.arange(2**14).to(torch.uint8)  # one block of words, which needs no padding
+    for tensor in (DATA.images, DATA.labels, DATA.images.float(), DATA.images[1:, 0, 1], whole):
+        padded = torch.cat([tensor.flatten()[:1], tensor.flatten()])[1:].view_as(tensor)  # another offset
+        strided = tensor.transpose(0, -1).contiguous().transpose(0, -1)
+        assert len({records.data_hash(other) for other in (tensor, tensor.clone(), padded, strided)}) == 1
+
+
+def test_every_swap_of_two_images_is_seen():
+    found = {records.data_hash(swap(DATA.images, *pair)) for pair in itertools.combinations(range(20), 2)}
+    assert len(found | {records.data_hash(DATA.images)}) == 191
+
+
+def test_a_hash_takes_no_copy_of_the_data():
+    images = torch.zeros(10_000, 32, 32, 3, dtype=torch.uint8)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        records.data_hash(images)
+    assert 0 < max(event.self_cpu_memory_usage for event in profile.events()) < images.numel() / 10
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Interrupted and resumed
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def undisturbed(name):
+    return trained(net=utils.build(name, SETTINGS))
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "again"),  # of 3 steps in an epoch
+    [
+        ("NetA", 1, "the same net"),
+        ("NetA", 2, "a new net"),
+        ("NetA", 9, "the same net"),
+        ("NetB", 2, "the same net"),
+        ("NetB", 4, "a new net"),
+        ("NetC", 4, "the same net"),
+    ],
+)
+def test_interrupted_and_called_again_ends_with_the_same_weights(tmp_path, monkeypatch, name, step, again):
+    expected, history = undisturbed(name)
+    net = utils.build(name, SETTINGS)
+    initial = {key: value.clone() for key, value in net.state_dict().items()}
+    with Interrupted(monkeypatch, step):
+        trained(tmp_path / "run.pt", net)
+    assert same(net.state_dict(), initial)
+    found, resumed = trained(tmp_path / "run.pt", net if again == "the same net" else utils.build(name, SETTINGS))
+    assert same(found, expected)
+    assert [epoch["loss"] for epoch in resumed] == [epoch["loss"] for epoch in history]
+
+
+def test_interrupted_in_the_first_epoch_the_initial_weights_are_in_the_checkpoint(tmp_path, monkeypatch):
+    """So another net is refused, even when nothing was learned yet."""
+    with Interrupted(monkeypatch, 1):
+        trained(tmp_path / "run.pt")
+    saved = torch.load(tmp_path / "run.pt", weights_only=True)
+    assert saved["history"] == []
+    assert same(saved["state"]["net"], utils.build("NetA", SETTINGS).state_dict())
+    refused(lambda: trained(tmp_path / "run.pt", kaiming(utils.build("NetA", SETTINGS))), ValueError, "initial weights")
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_a_net_that_is_half_trained_is_not_taken_for_a_new_one(tmp_path, monkeypatch, step):
+    """Interrupted without a checkpoint, then called with the checkpoint of the same settings."""
+    net = utils.build("NetA", SETTINGS)
+    with Interrupted(monkeypatch, step):
+        trained(tmp_path / "run.pt")
+    with Interrupted(monkeypatch, step):
+        trained(None, net)
+    refused(lambda: trained(tmp_path / "run.pt", net), ValueError, "initial weights")
+
+
+def test_a_finished_run_is_not_trained_again(finished, monkeypatch):
+    expected, history = trained(finished)
+    monkeypatch.setattr(Trainer, "step", lambda trainer: pytest.fail("it was trained again"))
+    net = utils.build("NetA", SETTINGS)
+    for _ in range(2):  # the net that the first call leaves behind is taken, too
+        found, again = trained(finished, net)
+        assert same(found, expected)
+        assert again == history
+
+
+def test_a_failed_call_leaves_net_and_message(tmp_path, monkeypatch):
+    """A full disk at a checkpoint."""
+    net, write_bytes, left = utils.build("NetA", SETTINGS), Path.write_bytes, [2]
+    initial = {key: value.clone() for key, value in net.state_dict().items()}
+
+    def fill(path, content):
+        left[0] -= 1
+        if left[0] == 0:
+            write_bytes(path, content[:1000])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_bytes(path, content)
+
+    path = tmp_path / "run.pt"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", fill)
+        refused(lambda: trained(path, net), OSError, f"{path} can't be written: the disk at /", " is full")
+    assert same(net.state_dict(), initial)
+    assert [file.name for file in tmp_path.iterdir() if "lock" not in file.name] == ["run.pt"]
+    assert same(trained(path, net)[0], undisturbed("NetA")[0])
+
+
+def test_restored_on_error():
+    net = utils.build("NetA", SETTINGS)
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    for error in (ValueError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        with pytest.raises(error), records.restored_on_error(net):  # noqa: PT012
+            kaiming(net)
+            raise error
+        assert same(net.state_dict(), before)
+    with records.restored_on_error(net):
+        kaiming(net)
+    assert not same(net.state_dict(), before)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Damaged, inconsistent and hostile checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_refused(path, call=None):
+    """Check that training refuses the checkpoint in one line, and leaves it and the net as they are."""
+    content, net = path.read_bytes(), utils.build("NetA", SETTINGS)
+    weights = {key: value.clone() for key, value in net.state_dict().items()}
+    refused(lambda: trained(path, net), ValueError, f"{path} ", "; delete it to start anew, or name another file")
+    assert path.read_bytes() == content
+    assert same(net.state_dict(), weights)
+
+
+def test_every_cut_is_refused(finished, tmp_path):
+    content = finished.read_bytes()
+    for size in [*range(0, len(content), len(content) // 12), len(content) - 1, len(content) - 22]:
+        (tmp_path / "run.pt").write_bytes(content[:size])
+        check_refused(tmp_path / "run.pt")
+
+
+def test_a_changed_byte_in_any_tensor_is_refused(finished, tmp_path):
+    """By the check sums, which torch.load does not look at."""
+    content, random_places = finished.read_bytes(), random.Random(0)
+    with zipfile.ZipFile(finished) as archive:
+        names = [info for info in archive.infolist() if "/data/" in info.filename and info.file_size]
+    for info in random_places.sample(names, 8):
+        lengths = struct.unpack_from("<2H", content, info.header_offset + 26)  # of what lies before the tensor
+        place = info.header_offset + 30 + sum(lengths) + random_places.randrange(info.file_size)
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << random_places.randrange(8)
+        (tmp_path / "run.pt").write_bytes(damaged)
+        check_refused(tmp_path / "run.pt")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no checkpoint", b"\0" * 10_000, pickle.dumps({"state": 1}), b"PK\5\6" + b"\0" * 18]
+)
+def test_what_is_no_checkpoint_is_refused(tmp_path, content):
+    (tmp_path / "run.pt").write_bytes(content)
+    check_refused(tmp_path / "run.pt")
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_file_is_refused_without_waiting(tmp_path, make):
+    path = tmp_path / "run.pt"
+    make(path)
+    before = path.lstat()
+    refused(lambda: trained(path), ValueError, path, "delete it")
+    assert os.path.samestat(path.lstat(), before)
+
+
+def remove(name):
+    return lambda saved: saved.pop(name)
+
+
+def put(value, *names):
+    """Put a value in a nested dict."""
+
+    def alter(saved):
+        for name in names[:-1]:
+            saved = saved[name]
+        saved[names[-1]] = value
+
+    return alter
+
+
+def convert(change, *names):
+    def alter(saved):
+        for name in names[:-1]:
+            saved = saved[name]
+        saved[names[-1]] = change(saved[names[-1]])
+
+    return alter
+
+
+def lengthen(saved):
+    saved["history"].append(saved["history"][-1] | {"epoch": 4})
+    saved["state"]["global_step"] += 3
+
+
+C1 = ("state", "net", "C1.conv.weight")
+INCONSISTENT = {
+    "no fingerprint": remove("fingerprint"),
+    "no history": remove("history"),
+    "no state": remove("state"),
+    "fingerprint: None": put(None, "fingerprint"),
+    "fingerprint of nothing": put({}, "fingerprint"),
+    "history: None": put(None, "history"),
+    "state: None": put(None, "state"),
+    "a later state with an empty history": put([], "history"),
+    "a first state with a full history": put(torch.tensor([0]), "state", "global_step"),
+    "a history too short": convert(lambda history: history[:2], "history"),
+    "a history too long": lengthen,
+    "a history twice": convert(lambda history: history * 2, "history"),
+    "a history backwards": convert(lambda history: history[::-1], "history"),
+    "a history without loss": lambda saved: saved["history"][1].pop("loss"),
+    "a history of texts": put("70%", "history", 0, "test_accuracy"),
+    "a history of tensors": put(torch.zeros(()), "history", 0, "loss"),
+    "a history of None": put(None, "history", 0, "seconds"),
+    "a history as a dict": convert(lambda history: dict(enumerate(history)), "history"),
+    "a history as a tuple": convert(tuple, "history"),
+    "a step too many": convert(lambda step: step + 1, "state", "global_step"),
+    "a negative step": convert(lambda step: -step, "state", "global_step"),
+    "a step as a number": put(9, "state", "global_step"),
+    "a wrong shape": convert(lambda weight: weight[:, :2], *C1),
+    "a shape that broadcasts": convert(lambda weight: weight[:1], *C1),
+    "a transposed shape": convert(lambda weight: weight.transpose(0, 1), *C1),
+    "another type": convert(lambda weight: weight.double(), *C1),
+    "whole numbers": convert(lambda weight: weight.int(), *C1),
+    "sparse": convert(lambda weight: weight.to_sparse(), *C1),
+    "without content": convert(lambda weight: weight.to("meta"), *C1),
+    "no tensor": put([1.0], *C1),
+    "a missing weight": lambda saved: saved["state"]["net"].pop("C1.conv.weight"),
+    "a weight more": put(torch.zeros(1), "state", "net", "C12.conv.weight"),
+    "a wrong flip": convert(lambda flip: flip[:-1], "state", "flip"),
+    "a wrong generator": convert(lambda state: state[:-1], "state", "generator"),
+    "no momentum": put({}, "state", "optimizer"),
+    "a missing momentum": lambda saved: saved["state"]["optimizer"].pop(0),
+    "a momentum of another shape": convert(lambda value: value[:1], "state", "optimizer", 0, "momentum_buffer"),
+    "a momentum of another name": lambda saved: saved["state"]["optimizer"][0].update(
+        other=saved["state"]["optimizer"][0].pop("momentum_buffer")
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", INCONSISTENT)
+def test_an_inconsistent_checkpoint_is_refused(finished, tmp_path, damage):
+    saved = torch.load(finished, weights_only=True)
+    INCONSISTENT[damage](saved)
+    torch.save(saved, tmp_path / "run.pt")
+    check_refused(tmp_path / "run.pt")
+
+
+@functools.cache
+def checkpoint_of(settings):
+    with tempfile.TemporaryDirectory() as folder:
+        trained(Path(folder) / "run.pt", settings=settings)
+        return (Path(folder) / "run.pt").read_bytes()
+
+
+@pytest.mark.parametrize(("optimizer", "rate"), [("sgd", 0.1), ("adamw", 0.003)])
+@pytest.mark.parametrize("damage", ["shape", "type", "none", "missing", "name", "text"])
+def test_an_inconsistent_state_of_the_other_optimizers_is_refused(tmp_path, optimizer, rate, damage):
+    path, settings = tmp_path / "run.pt", replace(SETTINGS, optimizer=optimizer, learning_rate=rate, epochs=1)
+    saved = torch.load(io.BytesIO(checkpoint_of(settings)), weights_only=True)
+    states = saved["state"]["optimizer"]
+    name = next(name for name, value in states[0].items() if value.ndim)
+    change = {
+        "shape": lambda: states[0].update({name: states[0][name][:1]}),
+        "type": lambda: states[0].update({name: states[0][name].int()}),
+        "none": states.clear,  # as before the first step
+        "missing": lambda: states.pop(3),
+        "name": lambda: states[0].update({"other": states[0].pop(name)}),
+        "text": lambda: states[0].update({name: "text"}),
+    }[damage]
+    change()
+    torch.save(saved, path)
+    content = path.read_bytes()
+    refused(lambda: trained(path, settings=settings), ValueError, f"{path} ", "delete it")
+    assert path.read_bytes() == content
+
+
+def test_an_empty_history_with_other_weights_is_refused(tmp_path, monkeypatch):
+    with Interrupted(monkeypatch, 1):
+        trained(tmp_path / "run.pt")
+    saved = torch.load(tmp_path / "run.pt", weights_only=True)
+    saved["state"]["net"]["C1.conv.weight"] += 1
+    torch.save(saved, tmp_path / "run.pt")
+    check_refused(tmp_path / "run.pt")
+
+
+class Evil:
+    """Pickled, a call that makes the folder `path`."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+EVIL_PLACES = [("fingerprint",), ("history",), ("state",), ("state", "generator"), ("fingerprint", "seed"), ("more",)]
+
+
+@pytest.mark.parametrize("place", EVIL_PLACES)
+def test_the_code_in_a_checkpoint_does_not_run(finished, tmp_path, place):
+    saved = torch.load(finished, weights_only=True)
+    put(Evil(tmp_path / "evil"), *place)(saved)
+    torch.save(saved, tmp_path / "run.pt")
+    check_refused(tmp_path / "run.pt")
+    assert not (tmp_path / "evil").exists()
+    torch.load(tmp_path / "run.pt", weights_only=False)  # which it does elsewhere
+    assert (tmp_path / "evil").exists()
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_the_code_in_a_plain_pickle_does_not_run(tmp_path, legacy):
+    if legacy:
+        torch.save(Evil(tmp_path / "evil"), tmp_path / "run.pt", _use_new_zipfile_serialization=False)
+    else:
+        (tmp_path / "run.pt").write_bytes(pickle.dumps(Evil(tmp_path / "evil")))
+    check_refused(tmp_path / "run.pt")
+    assert not (tmp_path / "evil").exists()
+
+
+def test_a_checkpoint_is_read_once(finished, tmp_path, monkeypatch):
+    """Swapped after it was checked, it does not come into play."""
+    expected, _ = trained(finished)
+    path, read_bytes, count = tmp_path / "run.pt", records.read_bytes, []
+    path.write_bytes(finished.read_bytes())
+
+    def read_and_swap(name):
+        content = read_bytes(name)
+        count.append(name)
+        torch.save(Evil(tmp_path / "evil"), path)
+        return content
+
+    monkeypatch.setattr(records, "read_bytes", read_and_swap)
+    assert same(trained(path)[0], expected)
+    assert count == [path]
+    assert not (tmp_path / "evil").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Machine and commit
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_device_is_named():
+    assert records.device_name(torch.device("cpu")).split()[0] == "cpu"
+
+
+def git(folder, *arguments):
+    names = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "init.defaultBranch=main", "-c", "commit.gpgsign=false")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    done = subprocess.run(["git", *names, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def make_repository(folder, *names):
+    folder.mkdir(parents=True)
+    git(folder, "init", "-q")
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_text("a = 1\n")
+    git(folder, "add", ".")
+    git(folder, "commit", "-q", "--allow-empty", "-m", "first")
+    return git(folder, "rev-parse", "--short", "HEAD")
+
+
+OURS = ("models.py", "engine/records.py", "README.md")
+
+
+@pytest.fixture
+def commit_at(monkeypatch):
+    """Return what `code_commit` returns for code in a folder."""
+
+    def call(folder):
+        monkeypatch.setattr(records, "ROOT", folder)
+        return records.code_commit.__wrapped__()
+
+    monkeypatch.setattr(records, "_commit", None)
+    return call
+
+
+def test_the_commit_is_named_with_a_plus_when_code_differs(tmp_path, commit_at, monkeypatch):
+    commit = make_repository(tmp_path / "ours", *OURS)
+    (tmp_path / "ours" / "README.md").write_text("another text")
+    (tmp_path / "ours" / "untracked.py").touch()
+    assert commit_at(tmp_path / "ours") == commit
+    (tmp_path / "link").symlink_to("ours")
+    assert commit_at(tmp_path / "link") == commit
+    make_repository(tmp_path / "other", "a.py")
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "other" / ".git"))  # as in a hook
+    assert commit_at(tmp_path / "ours") == commit
+    (tmp_path / "ours" / "models.py").write_text("a = 2\n")
+    assert commit_at(tmp_path / "ours") == f"{commit}+"
+
+
+@pytest.mark.parametrize("tracked", [False, True])
+@pytest.mark.parametrize("place", ["", "vendored/nets"])
+def test_the_commit_of_someone_elses_repository_is_not_ours(tmp_path, commit_at, tracked, place):
+    folder = tmp_path / "theirs" / place
+    if tracked and not place:
+        pytest.skip("files that are tracked at the top are the repository's own")
+    make_repository(tmp_path / "theirs", "their.py", *([f"{place}/{name}" for name in OURS] if tracked else []))
+    for name in OURS:
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_text("a = 1\n")
+    assert commit_at(folder) == "unknown"
+
+
+def test_without_git_the_commit_is_unknown_unless_set(tmp_path, commit_at, monkeypatch):
+    assert commit_at(tmp_path) == "unknown"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert commit_at(tmp_path) == "unknown"
+    records.set_commit("abcdef0+")
+    assert commit_at(tmp_path) == records.code_commit() == "abcdef0+"
+    records.code_commit.cache_clear()
+    for text in ("", "abc", "HEAD", "abcdef0 ", "abcdef0\n", "ABCDEF0", "a" * 41, None, "abcdef0++"):
+        refused(lambda text=text: records.set_commit(text), ValueError, f"commit is {text!r}")

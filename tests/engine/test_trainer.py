@@ -1,0 +1,392 @@
+"""The training step against the plain loop of PyTorch, its batches and schedule, its state, and how it diverges."""
+
+import copy
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchgen
+import torchvision.transforms.v2.functional as TF
+import yaml
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import models
+import utils
+from engine import fast
+from engine.data import normalize
+from engine.trainer import OPTIMIZERS, Trainer, schedule
+from utils import Settings
+
+NETS = ("NetA", "NetB", "NetC", "Net")
+RATES = {"muon": 0.03, "sgd": 0.1, "adamw": 0.003}
+SHORT = Settings(epochs=2, batch_size=100)
+NARROW = (8,) * 10
+
+
+@pytest.fixture
+def float32(monkeypatch):
+    monkeypatch.setattr(fast, "pick_precision", lambda device: torch.float32)
+
+
+def run_epoch(trainer):
+    for _ in trainer.epoch():
+        pass
+
+
+def weights(net):
+    return torch.cat([value.flatten() for value in net.state_dict().values() if value.is_floating_point()])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The step
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def plain_images(trainer, indices):
+    """Cut, mirror and normalize images one by one, by torchvision's functions."""
+    images = []
+    for index in indices.tolist():
+        image = trainer.data.images[index].permute(2, 0, 1)
+        if "crop" in trainer.settings.augment:
+            down, right = trainer.shift[index].tolist()
+            image = TF.crop(TF.pad(image, [2], padding_mode="reflect"), 2 + down, 2 + right, 32, 32)
+        if "flip" in trainer.settings.augment and trainer.flip[index]:
+            image = TF.horizontal_flip(image)
+        image = TF.to_dtype(image, torch.float32, scale=True)
+        images.append(TF.normalize(image, [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]))
+    return torch.stack(images)
+
+
+@pytest.mark.parametrize("augment", ["none", "flip+crop"])
+@pytest.mark.parametrize("name", NETS)
+def test_twelve_steps_of_a_plain_loop(small, float32, name, augment):
+    """A loop in float32 of PyTorch's own modules and torch.optim.SGD, which sees the same batches."""
+    settings = Settings(learning_rate=0.05, weight_decay=0.02, momentum=0.9, optimizer="sgd", epochs=1, batch_size=25)
+    settings = replace(settings, augment=augment)
+    small = replace(small, images=small.images[:300], labels=small.labels[:300])
+    net = utils.build(name, settings)
+    plain, before = copy.deepcopy(net).train(), weights(net)
+    convolutions = [p for n, p in plain.named_parameters() if p.ndim == 4 and not n.startswith("c11")]
+    rest = [p for n, p in plain.named_parameters() if p.ndim == 1 or n.startswith("c11")]
+    groups = [{"params": convolutions, "weight_decay": 0.02}, {"params": rest}]
+    optimizer = torch.optim.SGD(groups, lr=0.05, momentum=0.9, nesterov=True)
+    trainer = Trainer(net, small, settings)
+    for step, _ in enumerate(trainer.epoch(), 1):
+        indices = trainer.order[step - 1]
+        logits = plain(plain_images(trainer, indices))
+        loss = F.cross_entropy(logits, small.labels[indices], label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        progress = step / 13
+        for group in optimizer.param_groups:
+            group["lr"] = 0.05 * min(progress / 0.2, (1 - progress) / 0.8)
+        optimizer.step()
+        way = (weights(plain) - before).norm()
+        assert (weights(net) - weights(plain)).norm() < 0.001 * way, step
+    assert step == 12
+    assert way > 0.2, "hardly anything was learned"
+
+
+def test_schedule_climbs_for_a_fifth_and_falls_to_nearly_zero():
+    rates = schedule(9, 0.4).tolist()  # at 1/10, 2/10, ... of the way
+    assert rates == pytest.approx([0.2, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05])
+    rates = schedule(60, 0.5).tolist()
+    assert len(rates) == 60
+    assert max(rates) == pytest.approx(0.5, rel=0.05)
+    assert rates.index(max(rates)) == 11
+    assert 0 < rates[-1] < 0.02
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_each_step_takes_its_own_rate_of_the_schedule(small, name):
+    settings = replace(SHORT, optimizer=name, learning_rate=RATES[name])
+    net = utils.build("NetB", settings, widths=NARROW)
+    trainer = Trainer(net, small, settings)
+    expected = schedule(12, RATES[name]).tolist()
+    for _ in range(2):
+        for _ in trainer.epoch():
+            assert trainer.lr.item() == pytest.approx(expected.pop(0))
+            assert all(group["lr"] is trainer.lr for group in trainer.optimizer.param_groups)
+    assert expected == []
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_momentum_and_weight_decay_reach_each_optimizer(small, name):
+    found = []
+    for changes in ({}, {"momentum": 0.5}, {"weight_decay": 0.1}):
+        settings = replace(SHORT, optimizer=name, learning_rate=RATES[name], **changes)
+        net = utils.build("NetB", settings, widths=NARROW)
+        run_epoch(Trainer(net, small, settings))
+        found.append(weights(net))
+    assert not torch.allclose(found[0], found[1], atol=1e-4)
+    assert not torch.allclose(found[0], found[2], atol=1e-4)
+
+
+def test_muon_computes_in_the_low_precision(small, monkeypatch):
+    monkeypatch.setattr(fast, "pick_precision", lambda device: torch.bfloat16)
+    assert Trainer(models.NetA(), small, SHORT).optimizer.dtype == torch.bfloat16
+
+
+def test_master_weights_are_float32_and_what_the_copy_rounds(small, monkeypatch):
+    monkeypatch.setattr(fast, "pick_precision", lambda device: torch.bfloat16)
+    net = utils.build("NetA", SHORT)
+    trainer = Trainer(net, small, SHORT)
+    assert trainer.model.C2.conv.weight.dtype == torch.bfloat16
+    run_epoch(trainer)
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+    assert len(trainer.copied) == 12  # ten convolutions, weight and bias of c11
+    for low, master in trainer.copied:
+        assert torch.equal(low, master.bfloat16())
+    assert net.C2.norm.num_batches_tracked == trainer.steps == 6
+
+
+def test_precisions_differ_by_rounding_alone(small, monkeypatch):
+    losses = []
+    for dtype in (torch.bfloat16, torch.float32):
+        monkeypatch.setattr(fast, "pick_precision", lambda device, dtype=dtype: dtype)
+        trainer = Trainer(utils.build("NetB", SHORT), small, SHORT)
+        run_epoch(trainer)
+        losses.append(trainer.means()[0])
+    assert losses[0] == pytest.approx(losses[1], abs=0.02)
+
+
+def test_means_are_of_the_batches_as_the_net_saw_them(small, float32):
+    """At a rate so small that the net stays what it is: loss with label smoothing, and accuracy in percent."""
+    settings = replace(SHORT, learning_rate=1e-9, weight_decay=0.0)
+    net = utils.build("NetB", settings, widths=NARROW)
+    logits = net(normalize(small.images)).detach()
+    trainer = Trainer(net, small, settings)
+    for _ in range(2):  # the second time, without what the first has summed up
+        run_epoch(trainer)
+        loss, accuracy = trainer.means()
+        assert loss == pytest.approx(F.cross_entropy(logits, small.labels, label_smoothing=0.1).item(), abs=1e-3)
+        assert accuracy == pytest.approx(100 * (logits.argmax(1) == small.labels).float().mean().item(), abs=0.2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_image_once_an_epoch_in_a_new_order(small):
+    trainer = Trainer(utils.build("NetA", SHORT, widths=NARROW), small, SHORT)
+    orders = []
+    for _ in range(2):
+        next(trainer.epoch())
+        orders.append(trainer.order.flatten().clone())
+    assert orders[0].sort().values.tolist() == list(range(600))
+    assert not torch.equal(*orders)
+
+
+def test_an_epoch_leaves_out_what_does_not_fill_a_batch(small):
+    trainer = Trainer(utils.build("NetA", SHORT, widths=NARROW), small, replace(SHORT, batch_size=250))
+    assert len(list(trainer.epoch())) == trainer.steps == 2
+    assert len(trainer.order.flatten().unique()) == 500
+
+
+def test_nets_of_a_seed_share_initial_weights_and_batches(small):
+    trainers = []
+    for name in NETS:
+        settings = replace(SHORT, augment="flip+crop", seed=5)
+        net = utils.build(name, settings)
+        fresh = utils.build("NetA", settings)
+        assert all(torch.equal(p, q) for p, q in zip(net.parameters(), fresh.parameters(), strict=True))
+        trainers.append(Trainer(net, small, settings))
+        next(trainers[-1].epoch())
+        for state in ("order", "shift", "flip"):
+            assert torch.equal(getattr(trainers[-1], state), getattr(trainers[0], state))
+    other = Trainer(models.NetA(), small, replace(SHORT, seed=6))
+    next(other.epoch())
+    assert not torch.equal(other.order, trainers[0].order)
+
+
+def first_batch(small, augment):
+    trainer = Trainer(utils.build("NetA", SHORT, widths=NARROW), small, replace(SHORT, augment=augment, batch_size=200))
+    next(trainer.epoch())
+    trainer.counts.zero_()
+    return trainer, trainer.batch()[0].float()
+
+
+def test_images_are_augmented_only_when_asked_for(small):
+    trainer, images = first_batch(small, "none")
+    expected = normalize(small.images[trainer.order[0]]).to(trainer.dtype).float()
+    assert torch.equal(images, expected)
+    trainer, images = first_batch(small, "flip")
+    mirrored = trainer.flip[trainer.order[0]]
+    assert 60 < mirrored.sum() < 140
+    assert torch.equal(images[mirrored], expected[mirrored].flip(3))
+    assert torch.equal(images[~mirrored], expected[~mirrored])
+    trainer, _ = first_batch(small, "flip+crop")
+    assert len({tuple(shift) for shift in trainer.shift.tolist()}) == 25  # up to two pixels each way
+
+
+def test_flips_alternate_and_crops_are_drawn_anew(small):
+    trainer, _ = first_batch(small, "flip+crop")
+    flips, shifts = [], []
+    for _ in range(3):
+        next(trainer.epoch())
+        flips.append(trainer.flip.clone())
+        shifts.append(trainer.shift.clone())
+    assert torch.equal(flips[0], ~flips[1])
+    assert torch.equal(flips[0], flips[2])
+    assert (shifts[0] == shifts[1]).all(1).float().mean() < 0.1
+
+
+def test_training_leaves_the_data_alone(small):
+    before = copy.deepcopy(small)
+    run_epoch(Trainer(utils.build("NetC", SHORT, widths=NARROW), small, replace(SHORT, augment="flip+crop")))
+    assert torch.equal(before.images, small.images)
+    assert torch.equal(before.labels, small.labels)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# State
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_state_dict_holds_all_that_the_next_epochs_depend_on(small, tmp_path, name):
+    """Through a file, and into a trainer that has trained already or not."""
+    settings = replace(SHORT, epochs=3, augment="flip+crop", optimizer=name, learning_rate=RATES[name])
+    small = replace(small, images=small.images[:200], labels=small.labels[:200])
+
+    def trainer(seed=settings.seed):
+        return Trainer(utils.build("NetA", replace(settings, seed=seed), widths=NARROW), small, settings)
+
+    whole = trainer()
+    run_epoch(whole)
+    torch.save(whole.state_dict(), tmp_path / "state.pt")
+    run_epoch(whole)
+    run_epoch(whole)
+    for trained in (False, True):
+        resumed = trainer(seed=1)
+        if trained:
+            run_epoch(resumed)
+        resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        run_epoch(resumed)
+        run_epoch(resumed)
+        assert torch.equal(weights(whole.net), weights(resumed.net))
+        assert whole.means() == resumed.means()
+
+
+def poison(trainer, step):
+    """Make the loss nan at a step of the run."""
+    loss = trainer.loss
+
+    def poisoned(images, labels):
+        value, accuracy = loss(images, labels)
+        return value * torch.where(trainer.global_step[0] == step, math.nan, 1.0), accuracy
+
+    trainer.loss = poisoned
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_weights_stop_at_the_first_step_that_is_not_finite(small, name):
+    settings = replace(SHORT, optimizer=name, learning_rate=RATES[name], seed=7, batch_size=50)
+    small = replace(small, images=small.images[:300], labels=small.labels[:300])
+    nets = [utils.build("NetC", settings, widths=NARROW) for _ in range(2)]
+    whole, stopped = (Trainer(net, small, settings) for net in nets)
+    poison(stopped, 8)
+    run_epoch(whole)  # of six steps
+    epoch = whole.epoch()
+    next(epoch), next(epoch)
+    whole.check_finite()
+    run_epoch(stopped)
+    stopped.check_finite()
+    run_epoch(stopped)
+    assert torch.equal(weights(nets[0]), weights(nets[1]))
+    message = (
+        r"^group norm, seed 7, diverged in epoch 2, step 3 of 6, at a learning rate of \S+ \(learning_rate is \S+\)"
+    )
+    with pytest.raises(FloatingPointError, match=message + "; try a lower one$"):
+        stopped.check_finite()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused, and what a trainer leaves alone
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("net", [nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), nn.Conv2d(3, 10, 32)])
+def test_another_kind_of_net_is_refused_in_one_line(small, net):
+    with pytest.raises(TypeError, match=rf"^net is a {type(net).__name__}; give a models.Net, such as NetA\(\)$"):
+        Trainer(net, small, SHORT)
+
+
+def test_a_batch_larger_than_the_data_is_refused(small):
+    with pytest.raises(ValueError, match=r"^batch_size is 601; there are 600 training images$"):
+        Trainer(models.NetA(), small, replace(SHORT, batch_size=601))
+
+
+def test_a_step_leaves_no_global_setting_behind(small, monkeypatch):
+    """cuDNN's settings, the C library's allocator, and the random generator of whoever trains."""
+    monkeypatch.setattr(fast.ctypes, "CDLL", lambda name: pytest.fail("the allocator was changed"))
+    cudnn, seen = torch.backends.cudnn, []
+    names = ("enabled", "benchmark", "deterministic", "allow_tf32")
+    monkeypatch.setattr(cudnn, "deterministic", False)
+
+    def flags():
+        return [getattr(cudnn, name) for name in names] + [torch.get_num_threads(), torch.is_grad_enabled()]
+
+    before, random = flags(), torch.get_rng_state()
+    trainer = Trainer(models.NetA(widths=NARROW), small, SHORT)
+    random_after_build = torch.get_rng_state()
+    assert flags() == before
+    loss = trainer.loss
+    trainer.loss = lambda *batch: (seen.append(cudnn.deterministic), loss(*batch))[1]
+    next(trainer.epoch())
+    assert seen == [True]  # inside, it is deterministic
+    assert flags() == before
+    assert torch.equal(torch.get_rng_state(), random_after_build)
+    assert not torch.equal(random, random_after_build), "the net's weights were not drawn"
+
+
+def test_no_cuda_call_on_the_cpu_path(small, monkeypatch):
+    """torch.cuda.stream(None) fails where MPS is, so training on a CPU must not touch torch.cuda."""
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: pytest.fail("torch.cuda.stream was called"))
+    trainer = Trainer(models.NetA(widths=NARROW), small, SHORT)
+    next(trainer.epoch())
+    trainer.means()
+
+
+class Operators(TorchDispatchMode):
+    """Notes the operators of PyTorch that run in it, in `seen`; fails where one of them makes float64 numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else [result]:
+            assert getattr(value, "dtype", None) != torch.float64, f"{function} makes float64, which MPS lacks"
+        self.seen.add(str(function).removeprefix("aten.").removesuffix(".default"))
+        return result
+
+
+@pytest.fixture(scope="module")
+def operators_table():
+    """PyTorch's own table of its operators, with the devices that each has a kernel for."""
+    table = Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml"
+    entries = yaml.load(table.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return {entry["func"].split("(")[0]: entry for entry in entries}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_training_uses_no_operator_that_mps_lacks(small, float32, operators_table, name):
+    """No Mac is at hand, so this asks PyTorch's table. In float32, as on MPS."""
+    few = replace(small, images=small.images[:100], labels=small.labels[:100])
+    with Operators() as operators:
+        settings = replace(SHORT, epochs=1, augment="flip+crop")
+        utils.train(utils.build(name, settings), few, settings)
+    assert len(operators.seen) > 50
+    for operator in operators.seen:
+        if operator.startswith("profiler."):  # marks an optimizer's step, on the host
+            continue
+        entry = operators_table[operators_table[operator].get("structured_delegate", operator)]
+        keys = ", ".join(entry.get("dispatch", ["Composite"])).split(", ")
+        assert "MPS" in keys or any(key.startswith("Composite") for key in keys), f"{operator} has kernels for {keys}"
