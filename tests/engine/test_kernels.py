@@ -1,0 +1,215 @@
+"""The fused step by Triton's interpreter on the CPU: every kernel takes part in each test of a whole step.
+
+Triton reads TRITON_INTERPRET when it is imported, so these tests run in a process of their own: without the variable
+this file holds one test, which runs the others.
+"""
+
+import copy
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+if INTERPRETED:
+    import models
+    from engine import kernels
+    from engine.data import crop_and_flip, normalize
+    from engine.muon import Muon
+
+    kernels.PIECE, kernels.PART = 8192, 2048  # few programs: the interpreter runs one after another
+    interpreted = pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow", "ignore:divide by zero")
+else:
+
+    def interpreted(test):
+        """Hide a test from this process."""
+
+    def test_the_step_by_the_interpreter():
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+        environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+def make_net(norm, **options):
+    """A net whose scales and shifts are not all alike."""
+    torch.manual_seed(1)
+    net = models.Net(norm, **options)
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if "norm" in name or name == "c11.bias":
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return net
+
+
+def make_batch(count, classes=10):
+    """Images in which neighboring pixels are alike, labels, and what of them makes up a batch."""
+    torch.manual_seed(2)
+    images = 255 * F.interpolate(torch.rand(8, 3, 8, 8), size=32, mode="bilinear").permute(0, 2, 3, 1)
+    chosen = torch.randperm(8)[:count]
+    shift, flip = torch.randint(-2, 3, (count, 2)), torch.rand(count) < 0.5
+    return images.to(torch.uint8).contiguous(), torch.randint(classes, (8,)), (chosen, shift, flip)
+
+
+def poison(fused):
+    """Fill with NaN what each step has to write before it reads it."""
+    buffers = [fused.partials, fused.totals, fused.float16_weights]
+    for layer in fused.layers:
+        buffers += [layer.x, layer.dy, layer.sums, layer.t_sums, layer.pooled_sums, layer.pooled_t_sums, layer.moments]
+    for buffer in buffers:
+        buffer.fill_(math.nan)
+
+
+def compare(net, images, labels, batch, augment, limit=5e-3):
+    """Hold loss, share, gradients and running statistics of one step to PyTorch's in float32."""
+    plain = copy.deepcopy(net).train()
+    fused = kernels.FusedNet(net, images, labels, len(batch[0]), augment)
+    poison(fused)
+    loss, share = fused(*batch)
+    chosen, shift, flip = batch
+    pictures = images[chosen]
+    if augment != "none":
+        pictures = crop_and_flip(pictures, shift, flip)
+    logits = plain(normalize(pictures))
+    wanted = F.cross_entropy(logits, labels[chosen], label_smoothing=0.1)
+    wanted.backward()
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-3)
+    assert share.item() == pytest.approx((logits.argmax(1) == labels[chosen]).float().mean().item())
+    for (name, parameter), other in zip(net.named_parameters(), plain.parameters(), strict=True):
+        assert (parameter.grad - other.grad).norm() <= limit * other.grad.norm(), name
+    for (name, buffer), other in zip(net.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(buffer, other, rtol=2e-3, atol=2e-3, msg=name)
+    assert fused.diverged.item() == 0
+    return fused
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("norm", "count", "augment"), [("layer", 1, "none"), ("group", 2, "flip"), ("none", 1, "flip")]
+)
+def test_a_step_agrees_with_autograd(norm, count, augment):
+    images, labels, batch = make_batch(count)
+    compare(make_net(norm), images, labels, batch, augment)
+
+
+@interpreted
+def test_a_step_of_batch_norm_agrees_with_autograd_for_an_odd_batch():
+    images, labels, batch = make_batch(3)
+    compare(make_net("batch"), images, labels, batch, "flip+crop")
+
+
+@interpreted
+def test_other_widths_groups_and_classes_agree_with_autograd():
+    images, labels, batch = make_batch(1, classes=100)
+    net = make_net("group", widths=(2, 20, 8, 12, 16, 8, 24, 28, 36, 20), groups=2, classes=100)
+    compare(net, images, labels, batch, "none")
+
+
+@interpreted
+def test_what_is_not_finite_is_noticed_and_zeros_are_not():
+    images, labels, batch = make_batch(1)
+    net = make_net("layer")
+    fused = kernels.FusedNet(net, images, labels, 1)
+    with torch.no_grad():
+        net.C2.conv.weight.zero_()  # every activation from here on is the same
+    fused(*batch)
+    assert fused.diverged.item() == 0
+    assert all(parameter.grad.isfinite().all() for parameter in net.parameters())
+    with torch.no_grad():
+        net.C2.conv.weight.fill_(1e6)  # beyond float16
+    fused(*batch)
+    assert fused.diverged.item() == 1
+
+
+@interpreted
+def test_muon_in_one_kernel_steps_as_the_optimizer_does():
+    images, labels, _ = make_batch(1)
+    net = make_net("group")
+    fused = kernels.FusedNet(net, images, labels, 1)
+    muon = Muon(models.param_groups(net, 0.5), torch.tensor(0.03), 0.95)
+    step = kernels.MuonStep(fused, muon)
+    plain = copy.deepcopy(net)
+    other = Muon(models.param_groups(plain, 0.5), torch.tensor(0.03), 0.95)
+    before = [parameter.detach().clone() for parameter in net.parameters()]
+    for _ in range(2):
+        fused.totals.normal_()
+        for parameter, copied in zip(net.parameters(), plain.parameters(), strict=True):
+            copied.grad = parameter.grad.clone()
+        step()
+        other.step()
+    for own, wanted, first in zip(net.parameters(), plain.parameters(), before, strict=True):
+        assert (own - wanted).norm() <= 5e-3 * (wanted - first).norm()
+    for (own, _), (wanted, _) in zip(muon.flat, other.flat, strict=True):
+        torch.testing.assert_close(own, wanted)
+    fused.diverged.fill_(1)
+    kept = fused.values.clone()
+    fused.totals.fill_(math.nan)
+    step()
+    assert torch.equal(fused.values, kept)
+
+
+@interpreted
+def test_many_images_are_added_up_by_a_kernel_of_their_own():
+    sums, pooled = torch.randn(2, 600, 32), torch.full((2, 1, 32), math.nan)
+    kernels.add_images[(4,)](sums, pooled, 600, CHANNELS=32, BLOCK=8, CHUNK=512)
+    torch.testing.assert_close(pooled, sums.sum(1, keepdim=True), rtol=1e-4, atol=1e-4)
+
+
+@interpreted
+def test_the_batch_the_learning_rate_and_the_counts_move_from_step_to_step():
+    images, labels, _ = make_batch(3)
+    fused = kernels.FusedNet(make_net("none"), images, labels, 3, "flip")
+    order, shift, flip = torch.randperm(6).view(2, 3), torch.randint(-2, 3, (8, 2)), torch.rand(8) < 0.5
+    rates, counts, sums, lr = torch.rand(4), torch.tensor([1, 2]), torch.zeros(2), torch.tensor(0.0)
+    steps = kernels.Steps(fused, order, shift, flip, rates, counts, sums, lr)
+    for got, wanted in zip(steps.begin(), (order[1], shift[order[1]], flip[order[1]]), strict=True):
+        assert torch.equal(got, wanted)
+    assert lr == rates[2]
+    fused.metrics.copy_(torch.tensor([2.0, 0.5]))
+    steps.end()
+    assert counts.tolist() == [2, 3]
+    fused.diverged.fill_(1)
+    steps.end()
+    assert counts.tolist() == [2, 3]
+    assert sums.tolist() == [4.0, 1.0]
+
+
+@interpreted
+def test_a_weight_can_be_computed_from_another():
+    images, labels, batch = make_batch(1)
+    net = make_net("group")
+    fused = kernels.FusedNet(net, images, labels, 1)
+    weight = fused.detach("C5.conv.weight")
+    transformed = weight - weight.mean((1, 2, 3), keepdim=True)
+    fused.weights["C5.conv.weight"].copy_(transformed.detach())
+    fused(*batch)
+    transformed.backward(fused.gradients["C5.conv.weight"])
+    plain = copy.deepcopy(net)
+    plain.zero_grad()
+    with torch.no_grad():
+        plain.C5.conv.weight.copy_(transformed)
+    logits = plain(normalize(images[batch[0]]))
+    F.cross_entropy(logits, labels[batch[0]], label_smoothing=0.1).backward()
+    wanted = plain.C5.conv.weight.grad
+    wanted = wanted - wanted.mean((1, 2, 3), keepdim=True)
+    assert (weight.grad - wanted).norm() <= 5e-3 * wanted.norm()
+
+
+@interpreted
+def test_a_net_with_another_norm_is_turned_down_with_a_reason():
+    images, labels, _ = make_batch(1)
+    net = models.Net("batch")
+    net.C4.norm = torch.nn.InstanceNorm2d(24)
+    assert "InstanceNorm2d" in kernels.reason_against(net)
+    with pytest.raises(ValueError, match="InstanceNorm2d"):
+        kernels.FusedNet(net, images, labels, 1)
