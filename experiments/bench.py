@@ -316,7 +316,10 @@ def main(arguments=None):
     parser.add_argument("--epochs", type=int, default=5, help="epochs of each path, of which the median counts")
     options = parser.parse_args(arguments)
     start = time.perf_counter()
-    data = load_data(utils.pick_device(), "cifar10", ROOT / "data")
+    try:
+        data = load_data(utils.pick_device(), "cifar10", ROOT / "data")
+    except OSError as error:
+        parser.error(str(error))
     synchronize(data.images.device)
     print(
         f"{records.device_name(data.images.device)}: CIFAR-10 from disk to device {time.perf_counter() - start:.2f} s"

@@ -1,4 +1,4 @@
-"""The figures in img/ but for the grids of mistakes, which s8.ipynb draws.
+"""The figures of findings.ipynb, and those in img/ but for the grids of mistakes, which s8.ipynb draws.
 
     python -m experiments.figures    redraw accuracy, rate, statistics, axes, budget, scaling, chain and cubes.png,
                                      and, with CIFAR-10 in data/, same.png and cam.png
@@ -368,17 +368,7 @@ def plot_cam(nets, scores, data, count=6):
 
 def plot_rows():
     """Draw the figures that need no images. Returns {name: figure}."""
-    rows, bench = tables.read_results(), tables.read_results("bench")
-    return {
-        "accuracy": plot_accuracy(rows),
-        "rate": plot_rate(rows),
-        "statistics": plot_statistics(rows, tables.read_results("inside")),
-        "axes": plot_axes(rows),
-        "budget": plot_budget(rows),
-        "scaling": plot_scaling(bench),
-        "chain": plot_chain(),
-        "cubes": plot_cubes(),
-    }
+    return {"accuracy": plot_accuracy(tables.read_results()), "chain": plot_chain(), "cubes": plot_cubes()}
 
 
 def plot_images():

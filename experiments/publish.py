@@ -17,12 +17,12 @@ import sys
 from pathlib import Path
 
 import nbformat
-import pandas as pd
 from PIL import Image
 
 import utils
 from engine import files, records
 from experiments import ROOT
+from experiments.sweeps import read_texts
 
 SEEDS = 10
 
@@ -43,15 +43,15 @@ def check_rows(rows, commit):
     """Return the rows to publish, which name their commit; Refused unless all are there and of one clean commit."""
     rows = rows.assign(commit=rows["commit"].where(rows["commit"] != "unknown", commit or "unknown"))
     for net in utils.NETS:
-        seeds = rows["seed"][rows["net"] == net]
-        if sorted(seeds.astype(int)) != list(range(SEEDS)):
-            raise Refused(f"{net} has the seeds {sorted(seeds.astype(int))}; 0 to {SEEDS - 1} are published")
+        seeds = sorted(map(int, rows["seed"][rows["net"] == net]))
+        if seeds != list(range(SEEDS)):
+            raise Refused(f"{net} has the seeds {seeds}; 0 to {SEEDS - 1} are published")
     wanted = {"study": "main", "split": "test", "status": "done", "epochs": str(utils.MAX_EPOCHS)}
     for column, value in wanted.items():
-        for found in set(rows[column].astype(str)) - {value}:
+        for found in set(rows[column]) - {value}:
             raise Refused(f"a row has {column} {found!r}; {value!r} is published")
     commits = set(rows["commit"])
-    if len(commits) > 1 or commits == {"unknown"} or any("+" in one for one in commits):
+    if len(commits) > 1 or not all(re.fullmatch("[0-9a-f]{7,40}", one) for one in commits):
         raise Refused(f"the rows name the commit {', '.join(sorted(commits))}; one clean commit is published")
     return rows
 
@@ -74,8 +74,8 @@ def check_notebook(notebook):
             if "execution_count" in output:
                 output.execution_count = count
             if output.output_type == "error" or output.get("name") == "stderr":
-                text = output.get("evalue") or output.get("text")
-                raise Refused(f"cell {number} ended in an error or a warning: {text.strip().splitlines()[-1]}")
+                text = output.get("text") or f"{output['ename']}: {output['evalue']}"
+                raise Refused(f"cell {number} ended in an error or a warning: {text.strip().rpartition(chr(10))[2]}")
             if "image/png" in output.get("data", {}):
                 output.data["image/png"] = compress(output.data["image/png"])
         cell.outputs = join_streams(cell.outputs)
@@ -106,23 +106,19 @@ def join_streams(outputs):
 
 def publish(folder, commit=None, root=ROOT):
     """Check what a run left in `folder`, then copy it to the checkout `root`; nothing is copied unless all is right."""
-    rows = check_rows(records.read_rows(folder / "results" / "runs.csv"), commit)
-    notebook = check_notebook(nbformat.read(folder / "s8.ipynb", as_version=4))
     copies = [Path("img") / f"{norm}.png" for norm in ("batch", "layer", "group")]
     copies += [Path("weights") / f"{net}.pt" for net in utils.NETS]
-    for file in copies:
-        if not (folder / file).exists():
+    copies += [Path("results") / f"{name}.csv" for name in ("history", "mistakes", "inside")]
+    notebook, table = Path("s8.ipynb"), Path("results") / "runs.csv"
+    for file in (*copies, notebook, table):
+        if not (folder / file).is_file():
             raise Refused(f"{folder / file} is not there")
-    tables = {name: pd.read_csv(folder / "results" / f"{name}.csv") for name in ("history", "mistakes", "inside")}
+    rows = check_rows(read_texts(folder / table), commit)
+    executed = check_notebook(nbformat.read(folder / notebook, as_version=4))
     for file in copies:
         files.save(root / file, lambda temporary, file=file: shutil.copyfile(folder / file, temporary))
-    files.save(root / "s8.ipynb", lambda temporary: nbformat.write(notebook, temporary))
-    results = root / "results"
-    old = records.read_rows(results / "runs.csv")
-    records.upsert(results / "runs.csv", rows.to_dict("records"))
-    for name, table in tables.items():
-        files.save(results / f"{name}.csv", lambda temporary, table=table: table.to_csv(temporary, index=False))
-    return len(old)
+    files.save(root / notebook, lambda temporary: nbformat.write(executed, temporary))
+    records.upsert(root / table, rows, key=["study", "net", "seed"])  # in place of all that was published before
 
 
 def main(arguments=None):
@@ -135,10 +131,11 @@ def main(arguments=None):
         commit = records.code_commit()
         if commit == "unknown" or "+" in commit:
             raise SystemExit(f"the code's commit is {commit!r}; commit first, since the rows name it")
-        execute(options.folder)
     try:
+        if not options.no_run:
+            execute(files.output_folder(options.folder))
         publish(options.folder, options.commit)
-    except (Refused, OSError) as error:
+    except (Refused, OSError, ValueError, subprocess.CalledProcessError) as error:
         raise SystemExit(f"not published: {error}") from None
 
 

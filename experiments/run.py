@@ -133,15 +133,18 @@ def main(arguments=None):
         rows = read_texts(RUNS)
         print(*(describe(sweep, rows) for sweep in chosen), sep="\n")
         return
-    if options.commit:
-        records.set_commit(options.commit)
     if not torch.cuda.is_available() and not options.sweeps:
         parser.error("there is no GPU here, where all sweeps would take days: name one")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     # All nets share one forward, of which torch.compile keeps 8 kinds and would then go on without compiling.
     torch._dynamo.config.recompile_limit = 64
-    data = load_data(utils.pick_device(), "cifar10", ROOT / "data")
+    try:
+        if options.commit:
+            records.set_commit(options.commit)
+        data = load_data(utils.pick_device(), "cifar10", ROOT / "data")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if several:
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=1))

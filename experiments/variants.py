@@ -86,6 +86,7 @@ class Experiment(utils.Settings):
                 )
         groups = 1 if self.groups in ("", "C") else self.groups
         models.check(NORM_OF[self.net], groups, self.widths, 10, 3)
+        object.__setattr__(self, "widths", tuple(self.widths))  # a list could be no key of a dict
 
     def build(self):
         """Build the net; its initial weights are drawn from the seed alone, so variants of a net share them."""

@@ -1,6 +1,6 @@
-"""Run the tests under another version of Python and of torch, and put a row into results/versions.csv.
+"""Run the tests under another version of Python and of torch, and upsert a row into results/versions.csv.
 
-    python tests/versions.py python3.13 2.11.0    this interpreter, this torch, all other packages as pinned
+    python tests/slow/versions.py python3.13 2.11.0    this interpreter, this torch, all other packages as pinned
 
 The combination gets an environment of its own, some 6 GB, that is deleted afterwards. The tests run in a clone of the
 committed files without CIFAR-10, so those that need it are skipped.
@@ -13,10 +13,10 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-import utils  # noqa: E402
+from engine import records  # noqa: E402
 
 TORCHVISION = {"2.11.0": "0.26.0", "2.12.1": "0.27.1", "2.13.0": "0.28.0", "2.14.1": "0.29.1", "2.15.0": "0.29.2"}
 
@@ -62,7 +62,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         row = try_versions(sys.argv[1], sys.argv[2], Path(folder))
     print(row)
-    utils.put_rows(ROOT / "results" / "versions.csv", [row], key=["python", "torch"])
+    records.upsert(ROOT / "results" / "versions.csv", [row], key=["python", "torch"])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,239 @@
+"""What the sweeps list: which experiments, on which split, after which others, and what is still missing."""
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+import models
+import utils
+from engine import records
+from engine.trainer import OPTIMIZERS
+from experiments import sweeps
+from experiments.sweeps import SWEEPS, missing, planned, waits
+from experiments.variants import Experiment
+
+
+def rows_of(sweep, experiments, accuracy=lambda one: 70):
+    """Rows, all values as text, of finished experiments with made-up validation accuracies; None: it diverged."""
+    scores = [accuracy(one) for one in experiments]
+    return pd.DataFrame(
+        one.columns() | {"study": sweep, "validation_accuracy": "" if score is None else str(score)}
+        for one, score in zip(experiments, scores, strict=True)
+    )
+
+
+def count_pairs(experiments):
+    return pd.Series([(one.net, one.optimizer) for one in experiments]).value_counts()
+
+
+def of_pair(experiments, net, optimizer):
+    return [one for one in experiments if (one.net, one.optimizer) == (net, optimizer)]
+
+
+def test_each_sweep_lists_each_run_once_and_starts_without_rows(tmp_path):
+    rows = sweeps.read_texts(tmp_path / "runs.csv")
+    assert rows.empty
+    for sweep, (split, _, needed) in SWEEPS.items():
+        todo = missing(sweep, rows)
+        assert len(set(todo)) == len(todo), f"{sweep} lists a run twice"
+        assert todo == planned(sweep, rows)
+        assert bool(todo) != bool(needed), f"{sweep} waits for {needed}"
+        assert split in ("test", "validation")
+        if needed:
+            assert list(SWEEPS).index(needed) < list(SWEEPS).index(sweep)
+
+
+def test_choices_are_made_on_the_validation_split_alone():
+    assert {sweep for sweep, (split, _, _) in SWEEPS.items() if split == "validation"} == {
+        *("tune", "rate", "rate-seeds", "initial", "batch-rate")
+    }
+    assert all(SWEEPS[needed][0] == "validation" for _, _, needed in SWEEPS.values() if needed)
+
+
+def test_published_rows_leave_nothing_to_run():
+    rows = sweeps.read_texts()
+    assert {sweep: missing(sweep, rows) for sweep in SWEEPS} == {sweep: [] for sweep in SWEEPS}
+    assert not any(waits(sweep, rows) for sweep in SWEEPS)
+
+
+def test_rows_from_before_a_column_count_as_finished():
+    rows = rows_of("tune", sweeps.tune(None))
+    assert missing("tune", rows) == []
+    assert missing("tune", rows.drop(columns="initial_weights")) == []
+    assert missing("tune", rows[3:]) == sweeps.tune(None)[:3]
+    assert len(missing("tune", rows.assign(study="augment"))) == len(rows)
+
+
+def test_rows_are_read_as_they_were_written(tmp_path):
+    experiments = sweeps.width(None) + sweeps.group_counts(None) + sweeps.batch(None) + sweeps.batch_rate(None)
+    path = tmp_path / "runs.csv"
+    records.upsert(path, [{"study": "width", **one.columns()} for one in experiments])
+    names = list(experiments[0].columns())
+    assert sweeps.read_texts(path)[names].to_dict("records") == [one.columns() for one in experiments]
+
+
+def test_every_pair_of_optimizer_and_net_gets_the_same_trials():
+    trials = sweeps.rate(None)
+    per_pair = count_pairs(trials)
+    assert len(per_pair) == 12
+    assert set(per_pair) == {35}
+    momenta = {one.optimizer: one.momentum for one in trials}
+    assert momenta == {"sgd": 0.9, "adamw": 0.9, "muon": utils.Settings.momentum}
+    assert {one.seed for one in trials} == {0}
+    assert dict(count_pairs(sweeps.initial(None))) == {("Net", name): 21 for name in OPTIMIZERS}
+    assert {one.initial_weights for one in sweeps.initial(None)} == {"he"}
+
+
+def test_narrow_nets_have_the_parameters_that_they_are_listed_with():
+    for parameters, widths in sweeps.WIDTHS.items():
+        assert sum(p.numel() for p in models.NetC(widths=widths).parameters()) == parameters
+    [one] = sweeps.experiments(["NetB"], 1, variants=[{"layer_variant": "[C,H,W]", "widths": sweeps.LAYER_WIDTHS}])
+    assert sum(p.numel() for p in one.build().parameters()) == 49_880
+
+
+def test_optimizers_start_from_the_best_of_their_rates():
+    """The first seed picks the decay at each rate, all three the rate; what diverged is not picked."""
+
+    def accuracy(one):
+        setting = one.net, one.optimizer, one.learning_rate, one.weight_decay
+        if setting[:3] == ("NetB", "sgd", 3.0):
+            return None
+        lucky = {("NetB", "sgd", 0.1, 0.0005): 75, ("NetB", "sgd", 0.3, 0.005): 80}.get(setting, 70)
+        return 70 if one.seed > 0 and lucky == 80 else lucky
+
+    first = rows_of("rate", sweeps.rate(None), accuracy)
+    assert planned("rate-seeds", first[1:]) == []
+    seeds = planned("rate-seeds", first)
+    per_pair = count_pairs(seeds)
+    assert per_pair.pop(("NetB", "sgd")) == 12  # no run of rate 3.0 has an accuracy
+    assert set(per_pair) == {14}
+    own = of_pair(seeds, "NetB", "sgd")
+    assert {one.weight_decay for one in own if one.learning_rate == 0.1} == {0.0005}
+    assert {one.seed for one in own} == {1, 2}
+    second = rows_of("rate-seeds", seeds, accuracy)
+    assert waits("optimizer", pd.concat([first, second[:-1]]))
+    assert planned("optimizer", pd.concat([first, second[:-1]])) == []
+    assert waits("optimizer", pd.concat([first[1:], second])), "what is needed waits itself"
+    chosen = of_pair(planned("optimizer", pd.concat([first, second])), "NetB", "sgd")
+    assert [one.seed for one in chosen] == list(range(10))
+    assert {(one.learning_rate, one.weight_decay) for one in chosen} == {(0.1, 0.0005)}
+
+
+@pytest.fixture(scope="module")
+def rates():
+    """Rows of `rate` and `rate-seeds`: NetA with muon is best at 0.1 and 1.5, second at 0.03 and 1.5."""
+
+    def accuracy(one):
+        best = {0.1: 90, 0.03: 85}.get(one.learning_rate, 70) if (one.net, one.optimizer) == ("NetA", "muon") else 70
+        return best if one.weight_decay == 1.5 else 60
+
+    first = rows_of("rate", sweeps.rate(None), accuracy)
+    return pd.concat([first, rows_of("rate-seeds", sweeps.rate_seeds(first), accuracy)], ignore_index=True)
+
+
+def best_of(rows, net="NetA", optimizer="muon"):
+    return [setting[2:] for setting in sweeps.best_settings(rows) if setting[:2] == (optimizer, net)]
+
+
+def test_a_setting_that_diverged_once_is_not_the_best(rates):
+    assert best_of(rates) == [("0.1", "1.5")]
+    best = (rates["net"] == "NetA") & (rates["optimizer"] == "muon") & (rates["learning_rate"] == "0.1")
+    one = best & (rates["study"] == "rate-seeds") & (rates["seed"] == "1")
+    assert one.sum() == 1
+    diverged = rates.assign(validation_accuracy=rates["validation_accuracy"].where(~one, ""))
+    assert best_of(diverged) == [("0.03", "1.5")]
+
+
+def test_a_setting_without_three_seeds_is_not_the_best(rates):
+    pair = (rates["net"] == "NetA") & (rates["learning_rate"] == "0.1") & (rates["optimizer"] == "muon")
+    assert best_of(rates[~(pair & (rates["seed"] == "2"))]) == [("0.03", "1.5")]
+
+
+def test_a_pair_that_always_diverged_has_no_best_setting(rates):
+    pair = (rates["net"] == "NetC") & (rates["optimizer"] == "adamw")
+    rows = rates.assign(validation_accuracy=rates["validation_accuracy"].where(~pair, ""))
+    assert best_of(rows, "NetC", "adamw") == []
+    assert len(sweeps.best_settings(rows)) == 11
+    assert [setting for setting in sweeps.best_decays(rows) if setting[:2] == ("adamw", "NetC")] == []
+
+
+def test_a_decay_that_is_better_now_counts_when_its_seeds_are_there(rates):
+    """And what the old one led to does not count any more: all pairs get the same trials."""
+    [old] = of_pair([one for one in sweeps.rate(None) if one.learning_rate == 0.1], "NetA", "muon")[2:3]
+    new = replace(old, weight_decay=2.0)
+    rows = pd.concat([rates, rows_of("rate", [new], lambda one: 95)])
+    assert ("muon", "NetA", "0.1", "2.0") in sweeps.best_decays(rows)
+    assert best_of(rows) == [("0.03", "1.5")]
+    seeds = [replace(new, seed=seed) for seed in (1, 2)]
+    assert best_of(pd.concat([rows, rows_of("rate-seeds", seeds, lambda one: 88)])) == [("0.1", "2.0")]
+
+
+def test_batch_sizes_start_from_the_best_of_their_ends():
+    best = {32: 0.03 / 16, 1024: 2 * 0.03}
+
+    def chosen(accuracy):
+        rows = rows_of("batch-rate", sweeps.batch_rate(None), accuracy)
+        assert planned("batch-size", rows[1:]) == []
+        return {one.batch_size: one.learning_rate for one in planned("batch-size", rows) if one.net == "NetC"}
+
+    def lucky(one):
+        return one.net == "NetC" and one.learning_rate == best[one.batch_size]
+
+    rates = chosen(lambda one: 80 if lucky(one) else 70)
+    assert rates[32] == pytest.approx(best[32], rel=0.01)
+    assert rates[1024] == pytest.approx(best[1024], rel=0.01)
+    assert 0.03 / 16 < rates[64] < rates[128] < rates[256] < 0.03
+    diverged = chosen(lambda one: (None if one.batch_size == 32 else 80) if lucky(one) else 70)
+    assert diverged[32] != pytest.approx(best[32], rel=0.01)
+
+
+def test_experiments_of_a_list_differ_by_seed_net_and_change():
+    found = sweeps.experiments(("NetA", "NetC"), 2, [{"epochs": 5}], [{"widths": sweeps.WIDTHS[9_410]}])
+    rates = utils.LEARNING_RATES
+    common = {"epochs": 5, "widths": sweeps.WIDTHS[9_410]}
+    assert found == [
+        Experiment(net=net, learning_rate=rates[net], seed=seed, **common)
+        for seed in (0, 1)
+        for net in ("NetA", "NetC")
+    ]
+
+
+def test_a_missing_column_never_makes_two_settings_look_alike():
+    experiments = sweeps.group_counts(None)
+    rows = rows_of("groups", experiments)
+    assert missing("groups", rows) == []
+    assert missing("groups", rows.drop(columns="groups")) == experiments
+
+
+def test_what_a_sweep_does_not_vary_is_as_published():
+    for sweep in ("augment", "groups", "layer", "width", "epochs", "flip", "batch"):
+        for one in planned(sweep, None):
+            assert (one.optimizer, one.momentum) == ("muon", utils.Settings.momentum)
+            assert one.learning_rate == utils.LEARNING_RATES[one.net]
+            assert one.batch_size == (512 if sweep == "batch" else utils.Settings.batch_size)
+    trials = [(one.net, one.augment) for one in sweeps.tune(None)]
+    assert {trials.count(pair) for pair in trials} == {8}
+    assert len(set(trials)) == 2 * len(utils.NETS)
+
+
+def test_published_rows_of_choices_did_not_see_the_test_set():
+    rows = sweeps.read_texts()
+    for sweep, (split, _, _) in SWEEPS.items():
+        own = rows[rows["study"] == sweep]
+        assert set(own["split"]) == {split}
+        assert split == "test" or set(own["test_accuracy"]) == {""}
+
+
+def test_published_choices_are_the_best_of_equal_trials():
+    """By plain sums: each net's learning rate, and the weight decay with augmentation that is best over the nets."""
+    rates, decays = {}, {}
+    for one in sweeps.read_texts().query("study == 'tune'").itertuples():
+        trials = rates.setdefault(one.net, {}) if one.augment == "none" else decays
+        choice = float(one.learning_rate) if one.augment == "none" else float(one.weight_decay)
+        trials.setdefault(choice, []).append(float(one.validation_accuracy))
+    for net, rate in utils.LEARNING_RATES.items():
+        assert [len(values) for values in rates[net].values()] == [2] * 4
+        assert max(rates[net], key=lambda choice: sum(rates[net][choice])) == rate
+    assert [len(values) for values in decays.values()] == [6] * 4
+    assert max(decays, key=lambda choice: sum(decays[choice])) == sweeps.AUGMENTED_WEIGHT_DECAY

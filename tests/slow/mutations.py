@@ -1,0 +1,462 @@
+"""Take each guard out of the code, one at a time, and see its test fail; a row for each in results/mutations.csv.
+
+    python tests/slow/mutations.py                       all of them; writes the rows
+    python tests/slow/mutations.py "no float64 on MPS"   these alone; writes nothing
+
+Works in a temporary copy of the checkout, where the tests must pass first. A mutation that its test does not notice
+ends the script with an error.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from engine import files  # noqa: E402
+
+DATA, FILES, RECORDS = (f"tests/engine/test_{name}.py" for name in ("data", "files", "records"))
+TRAINER, FIGURES, UTILS = "tests/engine/test_trainer.py", "tests/engine/test_figures.py", "tests/test_utils.py"
+PUBLISH, RUN, SWEEPS = (f"tests/experiments/test_{name}.py" for name in ("publish", "run", "sweeps"))
+RESUMED = f"{TRAINER}::test_a_state_dict_holds_all_that_the_next_epochs_depend_on"
+STOPPED = f"{TRAINER}::test_weights_stop_at_the_first_step_that_is_not_finite"
+OTHER_DATA = f"{RECORDS}::test_a_checkpoint_of_other_data_is_refused_and_kept"
+DAMAGE = f"{DATA}::test_damage_is_named_with_a_way_out"
+SERVER = f"{DATA}::test_a_hostile_server_counts_as_absent_and_leaves_nothing"
+OTHER_ROW = f"{PUBLISH}::test_a_row_of_another_kind_is_refused"
+
+# guard, file, its text, the text that replaces it, the pytest node id of the test that must fail
+MUTATIONS = [
+    # checkpoints
+    (
+        "a checkpoint is written after each epoch",
+        "utils.py",
+        "                if checkpoint:\n",
+        "                if checkpoint and epoch == settings.epochs:\n",
+        f"{UTILS}::test_an_interrupted_run_resumes_bit_for_bit",
+    ),
+    (
+        "a checkpoint restores the optimizer's state",
+        "engine/trainer.py",
+        "                tensor.copy_(saved[name])\n",
+        "                pass\n",
+        RESUMED,
+    ),
+    (
+        "a checkpoint restores the place in the schedule",
+        "engine/trainer.py",
+        '            self.global_step.copy_(state["global_step"])\n',
+        "",
+        RESUMED,
+    ),
+    (
+        "a checkpoint restores which images are mirrored",
+        "engine/trainer.py",
+        '            self.flip.copy_(state["flip"])\n',
+        "",
+        RESUMED,
+    ),
+    (
+        "a checkpoint restores the random generator",
+        "engine/trainer.py",
+        '        self.generator.set_state(state["generator"])\n',
+        "",
+        RESUMED,
+    ),
+    (
+        "a checkpoint restores the low-precision copy",
+        "engine/trainer.py",
+        "                low.copy_(master)\n",
+        "                pass\n",
+        RESUMED,
+    ),
+    (
+        "a checkpoint of other settings is refused",
+        "engine/records.py",
+        " if found.get(name) != fingerprint.get(name)]",
+        " if False]",
+        f"{RECORDS}::test_a_checkpoint_of_other_settings_is_refused",
+    ),
+    (
+        "a checkpoint of other code is refused",
+        "engine/records.py",
+        "_digest((CODE, [",
+        "_digest(([], [",
+        f"{RECORDS}::test_a_checkpoint_of_other_code_or_another_machine_is_refused",
+    ),
+    (
+        "a checkpoint of other images is refused",
+        "engine/records.py",
+        '        "training images": data_hash(data.images),\n',
+        "",
+        OTHER_DATA,
+    ),
+    (
+        "a checkpoint of other labels is refused",
+        "engine/records.py",
+        '        "training labels": data_hash(data.labels),\n',
+        "",
+        OTHER_DATA,
+    ),
+    (
+        "an altered checkpoint is refused",
+        "engine/records.py",
+        "        if zipfile.ZipFile(io.BytesIO(content)).testzip():",
+        "        if False:",
+        f"{RECORDS}::test_a_changed_byte_in_any_tensor_is_refused",
+    ),
+    (
+        "no code in a checkpoint runs",
+        "engine/records.py",
+        "weights_only=True",
+        "weights_only=False",
+        f"{RECORDS}::test_the_code_in_a_checkpoint_does_not_run",
+    ),
+    (
+        "saved runs leave no checkpoint",
+        "utils.py",
+        '        (folder / "checkpoints" / f"{name}-{one.row[\'seed\']}.pt").unlink(missing_ok=True)\n',
+        "        pass\n",
+        f"{UTILS}::test_runs_are_saved_and_leave_no_checkpoint",
+    ),
+    # divergence
+    (
+        "weights stop at a gradient that is not finite",
+        "engine/trainer.py",
+        "        self.optimizer.found_inf = self.diverged\n",
+        "        self.optimizer.found_inf = None\n",
+        STOPPED,
+    ),
+    (
+        "the step that diverged is kept",
+        "engine/trainer.py",
+        "            self.counts += 1 - self.diverged.long()",
+        "            self.counts += 1",
+        STOPPED,
+    ),
+    (
+        "a run that diverges ends",
+        "utils.py",
+        "                trainer.check_finite()\n",
+        "",
+        f"{UTILS}::test_a_run_that_diverges_ends_where_it_does",
+    ),
+    (
+        "a row of a sweep says that its run diverged",
+        "experiments/run.py",
+        ", diverged=bool(trainer.diverged)",
+        "",
+        f"{RUN}::test_a_run_that_diverged_is_noted_and_not_run_again",
+    ),
+    (
+        "a setting that diverged once is not the best",
+        "experiments/sweeps.py",
+        "values.mean(skipna=False)",
+        "values.mean()",
+        f"{SWEEPS}::test_a_setting_that_diverged_once_is_not_the_best",
+    ),
+    # files
+    (
+        "an older file stays until the new one is whole",
+        "engine/files.py",
+        "        write(temporary)\n",
+        "        write(Path(path))\n        temporary.write_bytes(Path(path).read_bytes())\n",
+        f"{FILES}::test_what_fails_leaves_the_old_file_and_nothing_else",
+    ),
+    (
+        "processes do not overwrite each other's rows",
+        "engine/files.py",
+        '        with FileLock(target.with_name(f".{target.name}.lock")):\n',
+        "        with contextlib.nullcontext():\n",
+        f"{RECORDS}::test_no_row_of_several_writers_is_lost",
+    ),
+    (
+        "a rerun replaces its row",
+        "engine/records.py",
+        "kept = [row for row in old if _key_of(row, key) not in replaced]",
+        "kept = old",
+        f"{RECORDS}::test_a_row_replaces_the_one_with_its_settings_and_no_other",
+    ),
+    (
+        "an old row without a column is replaced",
+        "engine/records.py",
+        'row.get(name, "")) for name in key)',
+        'row.get(name, "absent")) for name in key)',
+        f"{RECORDS}::test_a_row_from_before_a_column_is_replaced",
+    ),
+    (
+        "a folder that can't be written is refused at the start",
+        "engine/files.py",
+        '            _check_writable(Path(os.path.realpath(subfolder / "file")))\n',
+        "",
+        f"{FILES}::test_a_folder_that_cannot_be_written_is_refused_at_once",
+    ),
+    (
+        "a run does not write over published results",
+        "engine/files.py",
+        "        if in_git or is_checkout(folder) or folder in",
+        "        if in_git or folder in",
+        f"{FILES}::test_a_checkout_is_no_output_folder",
+    ),
+    # data
+    (
+        "files of CIFAR-10 are checked",
+        "engine/download.py",
+        "        check, listed = check_integrity,",
+        "        check, listed = lambda path, md5: True,",
+        DAMAGE,
+    ),
+    (
+        "a file missing beside others is named",
+        "engine/download.py",
+        "raise (OSError if found else FileNotFoundError)(",
+        "raise FileNotFoundError(",
+        f"{DATA}::test_a_file_missing_beside_others_is_named",
+    ),
+    (
+        "synthetic data does not replace a damaged file",
+        "engine/data.py",
+        "            if not isinstance(fault, FileNotFoundError):\n",
+        "            if False:\n",
+        DAMAGE,
+    ),
+    (
+        "no code in a file of CIFAR-100 runs",
+        "engine/download.py",
+        "not in ARRAY_PARTS",
+        "in ()",
+        f"{DATA}::test_the_code_in_a_file_of_cifar100_does_not_run",
+    ),
+    (
+        "a silent server counts as absent",
+        "engine/download.py",
+        "urlopen(url, timeout=TIMEOUT)",
+        "urlopen(url)",
+        f"{SERVER}[no answer]",
+    ),
+    (
+        "a failed download leaves no file",
+        "engine/download.py",
+        "        part = Path(folder) / path.name\n",
+        "        part = path\n",
+        f"{SERVER}[a page]",
+    ),
+    (
+        "validation images are not trained on",
+        "engine/data.py",
+        "        images=data.images[~held_out],\n        labels=data.labels[~held_out],\n",
+        "",
+        f"{DATA}::test_validation_split_takes_training_images_alone",
+    ),
+    (
+        "validation runs do not touch the test set",
+        "experiments/run.py",
+        '    if SWEEPS[sweep][0] == "validation":\n',
+        "    if False:\n",
+        f"{RUN}::test_validation_runs_do_not_touch_the_test_set",
+    ),
+    (
+        "every title names synthetic data",
+        "engine/figures.py",
+        '    return f"{text}\\n{data.name}" if data.synthetic else text\n',
+        "    return text\n",
+        f"{FIGURES}::test_synthetic_data_are_named_in_every_title",
+    ),
+    (
+        "scoring is in strict float32",
+        "utils.py",
+        ", allow_tf32=False",
+        "",
+        f"{UTILS}::test_scoring_is_in_strict_float32_and_deterministic",
+    ),
+    # publishing
+    (
+        "a shorter run is not published",
+        "experiments/publish.py",
+        ', "epochs": str(utils.MAX_EPOCHS)}',
+        "}",
+        OTHER_ROW,
+    ),
+    (
+        "fewer than ten seeds are not published",
+        "experiments/publish.py",
+        "        if seeds != list(range(SEEDS)):\n",
+        "        if False:\n",
+        f"{PUBLISH}::test_nine_seeds_are_refused",
+    ),
+    (
+        "synthetic data is not published",
+        "experiments/publish.py",
+        '"study": "main", ',
+        "",
+        OTHER_ROW,
+    ),
+    # input
+    (
+        "a misspelled sweep is refused",
+        "experiments/run.py",
+        "        if name not in SWEEPS:\n",
+        "        if False:\n",
+        f"{RUN}::test_what_can_not_be_run_ends_in_one_line",
+    ),
+    (
+        "images of another form are refused",
+        "engine/data.py",
+        "    if images.dtype != torch.uint8 or len(shape) != 4 or shape[1:] != (32, 32, 3):\n",
+        "    if False:\n",
+        f"{DATA}::test_data_of_another_form_is_refused_in_one_line",
+    ),
+    (
+        "labels out of range are refused",
+        "engine/data.py",
+        "    if low < 0 or high >= classes:\n",
+        "    if False:\n",
+        f"{DATA}::test_data_of_another_form_is_refused_in_one_line",
+    ),
+    (
+        "groups that do not divide a width are refused",
+        "models.py",
+        'if norm == "group" and any(width % groups for width in normed):',
+        "if False:",
+        "tests/test_models.py::test_what_no_net_can_be_built_from_is_refused_by_name",
+    ),
+    (
+        "nan and numbers out of range are refused",
+        "utils.py",
+        " or not 0 <= value <= high:",
+        ":",
+        f"{UTILS}::test_settings_out_of_range_are_refused_by_name",
+    ),
+    (
+        "a seed that is there twice is not compared",
+        "utils.py",
+        '        if own["seed"].duplicated().any():\n',
+        "        if False:\n",
+        f"{UTILS}::test_rows_that_cannot_be_compared_are_refused",
+    ),
+    (
+        "published weights take no options",
+        "hubconf.py",
+        "    if pretrained and options:\n",
+        "    if False:\n",
+        "tests/test_hub.py::test_options_with_the_weights_are_refused",
+    ),
+    # sweeps
+    (
+        "a sweep trains all of a run's epochs",
+        "experiments/run.py",
+        "            if trainer.diverged:\n                return\n",
+        "            return\n",
+        f"{RUN}::test_together_as_alone",
+    ),
+    (
+        "a sweep ends a run that diverged",
+        "experiments/run.py",
+        "            if trainer.diverged:\n                return\n",
+        "            pass\n",
+        f"{RUN}::test_a_run_that_diverged_is_noted_and_not_run_again",
+    ),
+    (
+        "a finished run whose row lacks a column is not run again",
+        "experiments/sweeps.py",
+        'columns=names, fill_value=""',
+        "columns=names",
+        f"{SWEEPS}::test_rows_from_before_a_column_count_as_finished",
+    ),
+    (
+        "a setting without all three seeds is not the best",
+        "experiments/sweeps.py",
+        "lambda seeds: len(seeds) == 3",
+        "lambda seeds: len(seeds) > 0",
+        f"{SWEEPS}::test_a_setting_without_three_seeds_is_not_the_best",
+    ),
+    # devices
+    (
+        "no float64 on MPS",
+        "engine/trainer.py",
+        "        self.metric_sums = torch.zeros(2, device=device)",
+        "        self.metric_sums = torch.zeros(2, device=device, dtype=torch.float64)",
+        f"{TRAINER}::test_training_uses_no_operator_that_mps_lacks",
+    ),
+    (
+        "no CUDA call on a CPU",
+        "engine/trainer.py",
+        " if self.stream else contextlib.nullcontext",
+        "",
+        f"{TRAINER}::test_no_cuda_call_on_the_cpu_path",
+    ),
+    (
+        "a run without a compiler trains uncompiled",
+        "engine/trainer.py",
+        "        if compile and fast.can_compile(device):\n",
+        "        if compile:\n",
+        f"{UTILS}::test_without_a_compiler_training_goes_on",
+    ),
+    (
+        "a batch beyond the GPU's memory is named",
+        "utils.py",
+        "        except torch.OutOfMemoryError:\n",
+        "        except ZeroDivisionError:\n",
+        f"{UTILS}::test_out_of_memory_names_a_smaller_batch",
+    ),
+]
+
+
+def copy_checkout(folder):
+    """Copy what git tracks, or would track if it were added, to `folder`."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
+    for name in names:
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+
+
+def passes(folder, *tests):
+    """Return whether the tests pass in `folder`; AssertionError when pytest can't run them."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    # A mutation can leave a file's size and its time in seconds, by which Python would take the old bytecode.
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode in (0, 1), done.stdout[-3000:] + done.stderr[-3000:]
+    assert "skipped" not in done.stdout.splitlines()[-1], done.stdout[-3000:]
+    return done.returncode == 0
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("guards", nargs="*", metavar="GUARD", help="take these out alone")
+    options = parser.parse_args(arguments)
+    for name in options.guards:
+        if name not in {guard for guard, *_ in MUTATIONS}:
+            parser.error(f"guard is {name!r}; choose from {'; '.join(guard for guard, *_ in MUTATIONS)}")
+    chosen = [mutation for mutation in MUTATIONS if mutation[0] in options.guards or not options.guards]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copy_checkout(folder)
+        if not passes(folder, *sorted({test for *_, test in chosen})):
+            raise SystemExit("a test fails without a mutation")
+        for guard, file, old, new, test in chosen:
+            path = folder / file
+            content = path.read_text(encoding="utf-8")
+            if content.count(old) != 1:
+                raise SystemExit(f"{guard}: {file} holds {old!r} {content.count(old)} times, not once")
+            path.write_text(content.replace(old, new), encoding="utf-8")
+            if passes(folder, test):
+                raise SystemExit(f"{guard}: {test} passes without it")
+            path.write_text(content, encoding="utf-8")
+            print(f"{guard}: {test} fails without it", flush=True)
+    if not options.guards:
+        frame = pd.DataFrame([{"guard": guard, "test": test} for guard, *_, test in MUTATIONS])
+        files.save(ROOT / "results" / "mutations.csv", lambda temporary: frame.to_csv(temporary, index=False))
+
+
+if __name__ == "__main__":
+    main()
