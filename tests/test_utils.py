@@ -831,8 +831,8 @@ def test_grid_shows_the_images_in_their_colors_and_places(tmp_path, count):
         places.append((round(rows.mean() / pixels.shape[0] * 5 - 0.5), columns.mean() > pixels.shape[1] / 2))
     assert places == [(n // 2, n % 2 == 1) for n in range(count)]
     texts = texts_of(figure)
-    assert texts[:4] == ["automobile", "90% confident", "label: airplane", "test image 0"]
-    assert len(texts) == 4 * count
+    assert texts[:3] == ["net: automobile, 90%", "label: airplane", "test image 0"]
+    assert len(texts) == 3 * count
     guess = figure.axes[1].texts[0]
     assert same_color(guess.get_color(), COLORS["layer"])
 
