@@ -5,7 +5,6 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import nbformat
 import numpy as np
@@ -180,26 +179,20 @@ def test_weights_have_the_published_means_inside(net, size, real):
 
 
 def shown():
-    """Names of files in img/ that README or a notebook shows, as a link or drawn by a cell from the same function."""
+    """Names of the files in img/ that README or a notebook shows."""
     notebooks = [nbformat.read(path, as_version=4) for path in NOTEBOOKS]
     markdown = [README, *(cell.source for one in notebooks for cell in one.cells if cell.cell_type == "markdown")]
-    code = "\n".join(cell.source for one in notebooks for cell in one.cells if cell.cell_type == "code")
-    names = set(re.findall(r"img/([\w-]+\.\w+)", "\n".join(markdown)))
-    drawn = {f"{name}.png" for name in re.findall(r"\bfigures\.plot_(\w+)\(", code)}
-    return names, drawn & {path.name for path in (ROOT / "img").iterdir()}
+    return set(re.findall(r"img/([\w-]+\.\w+)", "\n".join(markdown)))
 
 
-def test_every_picture_that_is_linked_is_there():
-    linked, _ = shown()
-    assert linked
-    for name in linked:
+def test_every_picture_that_is_shown_is_there():
+    for name in shown():
         with Image.open(ROOT / "img" / name) as image:
             image.verify()
 
 
 def test_img_holds_nothing_else():
-    linked, drawn = shown()
-    assert {path.name for path in tracked() if path.parent == ROOT / "img"} == linked | drawn
+    assert {path.name for path in tracked() if path.parent == ROOT / "img"} == shown()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "img").glob("*.png")), ids=lambda path: path.stem)
@@ -293,12 +286,20 @@ def test_requirements_are_pinned_and_used():
 
 
 def test_what_is_imported_is_pinned_or_comes_along():
-    """CONTRIBUTING names what comes along with other packages."""
-    along = {"filelock", "nbformat", "nbclient", "IPython", "torchgen", "PIL"}
-    own = {path.stem for path in tracked() if path.suffix == ".py"} | {p.name for p in ROOT.iterdir() if p.is_dir()}
-    own |= {"slow"}
-    distributions = {"yaml": "pyyaml", "sklearn": "scikit-learn"}
+    along = {
+        "filelock",
+        "triton",
+        "triton",
+        "torchgen",
+        "PIL",
+        "nbformat",
+        "nbclient",
+        "IPython",
+    }  # with torch and Jupyter
+    own = {path.stem for path in tracked() if path.suffix == ".py"} | {
+        p.name for p in (*ROOT.iterdir(), *(ROOT / "tests").iterdir()) if p.is_dir()
+    }
     for path in (path for path in tracked() if path.suffix == ".py"):
         for module in re.findall(r"^(?:import|from) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE):
             if module not in own | along | set(sys.stdlib_module_names):
-                assert distributions.get(module, module) in pins(), f"{Path(path).name} imports {module}"
+                assert {"yaml": "pyyaml"}.get(module, module) in pins(), f"{path.name} imports {module}"
