@@ -286,16 +286,7 @@ def test_requirements_are_pinned_and_used():
 
 
 def test_what_is_imported_is_pinned_or_comes_along():
-    along = {
-        "filelock",
-        "triton",
-        "triton",
-        "torchgen",
-        "PIL",
-        "nbformat",
-        "nbclient",
-        "IPython",
-    }  # with torch and Jupyter
+    along = {"filelock", "triton", "torchgen", "PIL", "nbformat", "nbclient", "IPython"}  # with torch and Jupyter
     own = {path.stem for path in tracked() if path.suffix == ".py"} | {
         p.name for p in (*ROOT.iterdir(), *(ROOT / "tests").iterdir()) if p.is_dir()
     }
