@@ -43,17 +43,22 @@ class Settings:
     batch_size: int = 500  # images; an epoch leaves out what does not fill a batch
     epochs: int = 20
     augment: str = "none"  # one of AUGMENTS, see engine.trainer.Trainer.epoch
+    crop: int = 2  # pixels by which random crops move an image, at most
+    label_smoothing: float = 0.1  # share of the loss that all classes have alike
+    warmup: float = 0.2  # share of the steps in which the learning rate rises
     seed: int = 0  # of initial weights, order of the images and augmentation
 
     def __post_init__(self):
-        for name, high in (("learning_rate", 10), ("weight_decay", 100), ("momentum", 1)):
+        highest = {"learning_rate": 10, "weight_decay": 100, "momentum": 1, "label_smoothing": 1, "warmup": 0.99}
+        for name, high in highest.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high:
                 raise ValueError(f"{name} is {show(value)}; give a number from 0 to {high}")
-        if self.learning_rate == 0:
-            raise ValueError("learning_rate is 0; give a number above 0")
+            if value == 0 and name in ("learning_rate", "warmup"):
+                raise ValueError(f"{name} is 0; give a number above 0")
         for name, low in (("batch_size", 1), ("epochs", 1), ("seed", 0)):
             object.__setattr__(self, name, whole_number(name, getattr(self, name), low))
+        object.__setattr__(self, "crop", whole_number("crop", self.crop, 0, 16))
         choose("optimizer", self.optimizer, OPTIMIZERS)
         choose("augment", self.augment, AUGMENTS)
 
@@ -102,17 +107,17 @@ def build(name, settings, **options):
 HISTORY = ("epoch", "loss", "train_accuracy", "test_accuracy", "learning_rate", "seconds", "elapsed")
 
 
-def train(net, data, settings, label="", track=True, compile=False, checkpoint=None):
+def train(net, data, settings, label="", track=True, fused=None, checkpoint=None):
     """Train `net` in place on `data`; returns its history, a dict per epoch. It ends on the data's device.
 
     track       test after each epoch
-    compile     use torch.compile: a faster epoch after some seconds that the first run of a net takes once
+    fused       False: without the fused step of engine.kernels, see `engine.trainer.pick_kernels`
     checkpoint  file written after each epoch; where it exists, training resumes from it, bit for bit
 
     The history's keys are epoch (from 1), loss (with label smoothing) and train_accuracy (both while training),
     test_accuracy (nan unless `track`), learning_rate (of the last step), seconds (of training alone) and elapsed
     (seconds from the start, pauses left out). The same settings, machine, torch and thread count give the same weights,
-    bit for bit; with `compile`, while the compiler's cache lasts.
+    bit for bit.
 
     ValueError when a batch is larger than the training split, or the checkpoint is damaged or of another run;
     TypeError unless `net` is a models.Net; MemoryError when a batch takes more than the GPU has; FloatingPointError
@@ -123,15 +128,16 @@ def train(net, data, settings, label="", track=True, compile=False, checkpoint=N
     if device.type == "cpu":
         fast.keep_memory()
     net.to(device)
-    run = records.fingerprint(net, data, settings, track, fast.pick_precision(device)) if checkpoint else None
     history = []
     with records.restored_on_error(net) if checkpoint else contextlib.nullcontext():
         try:
-            trainer = Trainer(net, data, settings, compile)
+            trainer = Trainer(net, data, settings, fused)
         except torch.OutOfMemoryError:
             message = f"batch_size is {settings.batch_size}: that takes more than the memory of {device}"
             raise MemoryError(f"{message}; try {max(1, settings.batch_size // 2)}") from None
         if checkpoint:
+            number_format = f"{trainer.dtype}, {'fused' if trainer.fused else 'PyTorch'} step"
+            run = records.fingerprint(net, data, settings, track, number_format)
             saved = records.read_checkpoint(checkpoint, run, trainer.steps, trainer.state_dict())
             if saved:
                 run, history = saved["fingerprint"], saved["history"]
@@ -215,7 +221,7 @@ def run(name, data, settings, study="main", track=True, checkpoints=None):
 
     checkpoints  folder for the run's checkpoint, which `save_runs` removes
     """
-    net = build(name, settings)
+    net = build(name, settings, classes=len(data.classes))
     label = f"{name} {net.norm} norm, seed {settings.seed}" + (f" [{data.name}]" if data.synthetic else "")
     checkpoint = checkpoints and Path(checkpoints) / f"{name}-{settings.seed}.pt"
     history = train(net, data, settings, label, track, checkpoint=checkpoint)
@@ -238,6 +244,7 @@ def finish(name, net, data, settings, history, study, seconds, diverged=False):
             accuracy["test_loss"] = round(scores.loss, 5)
     row = {
         "study": "synthetic" if data.synthetic else study,
+        "dataset": data.name,
         "net": name,
         "norm": net.norm,
         **statistics_columns(net.norm, net.groups, settings.batch_size),

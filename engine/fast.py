@@ -131,7 +131,7 @@ def channel_sums(x, groups):
 
 def channel_products(x, y, groups):
     """Return `channel_sums` of x * y."""
-    if not x.is_cuda or torch.compiler.is_compiling():
+    if not x.is_cuda:
         return channel_sums(x * y, groups)
     # All channels with all, of which the diagonal is wanted: still faster than to write x * y and to read it again.
     x, y = (values.permute(0, 2, 3, 1).flatten(1, 2) for values in (x, y))
@@ -143,17 +143,6 @@ def per_channel(values, x):
     """Shape (N, groups, C / groups) or (N, groups, 1) to (N, C, 1, 1), in the type of x (N, C, H, W)."""
     n, channels = x.shape[:2]
     return values.to(x.dtype).expand(n, -1, channels // values.shape[1]).reshape(n, channels, 1, 1)
-
-
-def can_compile(device):
-    """Return whether torch.compile works on `device`; print one line when it does not."""
-    try:
-        torch.compile(torch.sin)(torch.zeros(1, device=device))
-    except Exception as error:  # of many kinds: no C compiler, no Triton, a GPU that is too old
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        print(f"torch.compile does not work here, training without it: {reason[0]}")
-        return False
-    return True
 
 
 def keep_memory():

@@ -36,6 +36,8 @@ Nothing is added in an order that changes from run to run: the same seed gives t
 `python -m engine.tune` measures a step on this GPU, and `TILES` anew.
 """
 
+import contextlib
+import functools
 import hashlib
 import math
 import multiprocessing
@@ -48,8 +50,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import nn
+from triton.backends.nvidia.driver import CudaLauncher
 
 import models
+from engine import fast
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What the kernels share
@@ -726,10 +730,10 @@ PIECE, PART = 256, 64  # elements of a program of compose_weights and of add_par
 
 def reason_against(net):
     """Return why `FusedNet` can't stand for `net`, in a few words, or "" where it can."""
-    if type(net).forward is not models.Net.forward or list(dict(net.named_children())) != list(
-        dict(models.Net("none").named_children())
-    ):
-        return "its layers are not those of models.Net"
+    with torch.random.fork_rng(devices=[]):  # to build a net draws random numbers
+        twin = models.Net("none", widths=net.widths, classes=net.c11.out_channels, in_channels=3)
+    if type(net).forward is not models.Net.forward or described(net) != described(twin):
+        return "its layers are not those of models.Net with SiLU, for three colors"
     for name in SIDES:
         norm = net.get_submodule(name).norm
         if type(norm) not in (nn.BatchNorm2d, nn.GroupNorm, models.ScaleShift):
@@ -738,9 +742,38 @@ def reason_against(net):
             return "its norms have no scale and shift"
         if isinstance(norm, nn.BatchNorm2d) and norm.momentum is None:
             return "its batch norm averages over all batches alike"
-    if net.C1.conv.in_channels != 3:
-        return f"its images have {net.C1.conv.in_channels} channels, not 3"
+    if not all(parameter.requires_grad for parameter in net.parameters()):
+        return "some of its parameters are frozen"
+    if max(net.widths) > 32 or net.c11.out_channels > 128:
+        return "it has layers of more than 32 channels, or more than 128 classes"
     return ""
+
+
+def described(net):
+    """List a net's modules but for its norms, in words."""
+    modules = [(name, module) for name, module in net.named_modules() if name and not name.endswith(".norm")]
+    return [(name, type(module).__name__ if [*module.children()] else repr(module)) for name, module in modules]
+
+
+@functools.cache
+def reason_against_device(device):
+    """Return why the kernels can't run on `device`, in a few words, or "" where they can."""
+    if device.type != "cuda":
+        return ""  # Triton's interpreter
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "the GPU's compute capability is below 8.0"
+    try:
+        with torch.cuda.device(device):
+            double[(1,)](torch.zeros(1, device=device))
+    except Exception as error:  # of many kinds: no C compiler, a driver that is too old
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ""
+
+
+@triton.jit
+def double(x):
+    """The smallest kernel, to see whether there is a compiler."""
+    tl.store(x, 2 * tl.load(x))
 
 
 def padded(channels):
@@ -813,6 +846,7 @@ class FusedNet:
                      a BatchNorm2d's running statistics become views, too, and are updated
     images, labels   (all, 32, 32, 3) uint8 and (all,) int64, on the GPU
     augment          "none", "flip" or "flip+crop": whether shift and flip are looked at
+    diverged         float32 scalar tensor, a new one by default
     loss_scale       a power of two by which the loss is multiplied within, so that float16 holds its gradients; by
                      default about 1024 to an image
 
@@ -825,7 +859,9 @@ class FusedNet:
     that a weight can be computed from another one: `detach(name)`.
     """
 
-    def __init__(self, net, images, labels, batch_size, augment="none", loss_scale=None, label_smoothing=0.1):
+    def __init__(
+        self, net, images, labels, batch_size, augment="none", diverged=None, label_smoothing=0.1, loss_scale=None
+    ):
         reason = reason_against(net)
         if reason:
             raise ValueError(f"no fused step for this net: {reason}")
@@ -853,11 +889,23 @@ class FusedNet:
         self.make_activations(device)
         self.plan_weights(device)
         self.plan_gradients(min(batch_size, 4 * processors), device)
-        self.diverged = torch.zeros((), device=device)
+        self.diverged = torch.zeros((), device=device) if diverged is None else diverged
         self.plan_statistics(device)
         self.side = None
         if device.type == "cuda" and not self.few:  # else, the time to part and to join is longer
-            self.side = torch.cuda.Stream(device)
+            self.side = fast.cuda_stream(device, "side")
+
+    def other_norms(self):
+        """List the launches of a step for the three published norms, for `compile_all`."""
+        found = []
+        for norm in ("batch", "layer", "group"):
+            groups = 1 if any(layer.real % 4 for layer in self.layers) else 4
+            with torch.random.fork_rng(devices=[]):
+                net = models.Net(norm, groups, self.net.widths, self.classes).to(self.images.device)
+            augment = "flip" if self.augment else "none"
+            other = FusedNet(net, self.images, self.labels, self.batch_size, augment)
+            found += other.launches(self.labels, self.labels, self.labels.bool())
+        return found
 
     def flatten_parameters(self, device):
         """Move the parameters into `values`, convolutions as (out, row, tap, in), their gradients into `totals`."""
@@ -1254,24 +1302,34 @@ def compile_launch(job):
     """Compile one kernel into Triton's cache on disk; for a process of its own."""
     kernel, arguments, options, target = job
     triton.runtime.driver.set_active(Target(target))
-    globals()[kernel].warmup(*arguments, grid=(1,), **options)
+    compiled = globals()[kernel].warmup(*arguments, grid=(1,), **options)
+    with contextlib.suppress(AttributeError):  # up to Triton 3.7, a C program launches each kind of kernel
+        CudaLauncher(compiled.src, compiled.metadata)
 
 
-def compile_all(launches, progress=True):
-    """Compile the kernels of `launches`, as FusedNet.launches yields them, by all CPU cores at the same time.
-
-    Fills Triton's cache on disk with what is not there yet; one line counts the kernels.
-    """
-    target = triton.runtime.driver.active.get_current_target()
+def jobs_of(launches, target):
+    """What `compile_launch` needs for each launch, by the file in Triton's cache that says that it is done."""
     jobs = {}
     for _, kernel, _, arguments, options in launches:
         types = [a.dtype if isinstance(a, torch.Tensor) else a for a in arguments]
         job = kernel.fn.__name__, types, options, target
-        jobs[repr(job)] = job
-    text = f"{kernel.cache_key} {triton.__version__} {sorted(jobs)}"
-    done = Path(triton.knobs.cache.dir) / f"fused-{hashlib.sha256(text.encode()).hexdigest()}"
-    if done.exists():
+        text = f"{kernel.cache_key} {triton.__version__} {job}"
+        jobs[Path(triton.knobs.cache.dir) / f"fused-{hashlib.sha256(text.encode()).hexdigest()}"] = job
+    return {done: job for done, job in jobs.items() if not done.exists()}
+
+
+def compile_all(launches, more=list, progress=True):
+    """Compile the kernels of `launches`, as FusedNet.launches yields them, by all CPU cores at the same time.
+
+    more  returns further launches, to be compiled along with these where any of these is not compiled yet
+
+    Fills Triton's cache on disk with what is not there yet; one line counts the kernels.
+    """
+    target = triton.runtime.driver.active.get_current_target()
+    jobs = jobs_of(launches, target)
+    if not jobs:
         return
+    jobs |= jobs_of(more(), target)
     start = time.perf_counter()
     with multiprocessing.get_context("fork").Pool(min(len(jobs), os.cpu_count() or 1)) as workers:
         for count, _ in enumerate(workers.imap_unordered(compile_launch, jobs.values()), 1):
@@ -1280,5 +1338,6 @@ def compile_all(launches, progress=True):
                 print(f"\rcompiling kernels: {count} of {len(jobs)}, {seconds:.0f} s", end="", flush=True)
     if progress:
         print()
-    done.parent.mkdir(parents=True, exist_ok=True)
-    done.touch()
+    for done in jobs:
+        done.parent.mkdir(parents=True, exist_ok=True)
+        done.touch()

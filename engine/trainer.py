@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import gc
+import os
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +13,6 @@ from engine import fast
 from engine.data import crop_and_flip, normalize
 from engine.muon import Muon
 
-WARMUP = 0.2  # share of the steps in which the learning rate rises
-LABEL_SMOOTHING = 0.1
-CROP = 2  # pixels by which random crops move an image, at most
 LOSS_SCALE = 128  # keeps gradients within float16's range; a power of two, so that dividing by it is exact
 
 
@@ -43,10 +41,40 @@ def with_state(optimizer, *names):
 OPTIMIZERS = {"muon": muon, "sgd": sgd, "adamw": adamw}
 
 
-def schedule(steps, peak, device=None):
-    """Return the learning rate of each step, (steps,): linear warmup to `peak`, then linear decay to nearly 0."""
+def schedule(steps, peak, warmup=0.2, device=None):
+    """Return the learning rate of each step, (steps,): linear warmup to `peak`, then linear decay to nearly 0.
+
+    warmup  share of the steps, above 0 and below 1
+    """
     progress = torch.arange(1, steps + 1, device=device) / (steps + 1)
-    return peak * torch.minimum(progress / WARMUP, (1 - progress) / (1 - WARMUP))
+    return peak * torch.minimum(progress / warmup, (1 - progress) / (1 - warmup))
+
+
+def pick_kernels(net, device, fused=None):
+    """Return engine.kernels where it can train `net` on `device`, else None.
+
+    fused  False: None; True: ValueError, which says why, instead of None; None: on a GPU, print why, once
+    """
+    if fused is False or (fused is None and device.type != "cuda"):
+        return None
+    kernels, reason = None, "it needs a GPU"
+    if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+        try:
+            from engine import kernels
+        except ImportError:
+            reason = "Triton is not installed"
+        else:
+            reason = kernels.reason_against(net) or kernels.reason_against_device(device)
+    if reason and fused:
+        raise ValueError(f"there is no fused step here: {reason}")
+    if reason:
+        print_once(f"training without the fused step: {reason}")
+    return None if reason else kernels
+
+
+@functools.cache
+def print_once(line):
+    print(line)
 
 
 class Trainer:
@@ -56,12 +84,13 @@ class Trainer:
     https://arxiv.org/abs/1710.03740). All state lives in tensors on the device, so nothing returns to the host within
     an epoch. On CUDA one step is recorded as a graph and replayed, unless `capture` is False.
 
-    compile  use torch.compile for net and loss
+    fused    take the step by engine.kernels: True, False, or None for "where it can", see `pick_kernels`
     stream   number of the CUDA stream: nets that train at the same time need one each
-    TypeError for another kind of net, ValueError when a batch is larger than the training split.
+    TypeError for another kind of net; ValueError when a batch is larger than the training split, or when the net has
+    another number of classes than the data.
     """
 
-    def __init__(self, net, data, settings, compile=False, capture=True, stream=0):
+    def __init__(self, net, data, settings, fused=None, capture=True, stream=0):
         if not isinstance(net, models.Net):
             raise TypeError(f"net is a {type(net).__name__}; give a models.Net, such as NetA()")
         device = data.images.device
@@ -69,12 +98,24 @@ class Trainer:
         self.steps = len(data.images) // settings.batch_size  # of an epoch
         if self.steps == 0:
             raise ValueError(f"batch_size is {settings.batch_size}; there are {len(data.images)} training images")
+        if net.c11.out_channels < len(data.classes):
+            raise ValueError(f"classes is {net.c11.out_channels}; {data.name} has {len(data.classes)}")
         net.to(device, memory_format=torch.channels_last).train()
         self.dtype = fast.pick_precision(device)
-        self.model = fast.low_precision_copy(net, self.dtype)
-        pairs = zip(self.model.parameters(), net.parameters(), strict=True)
-        self.copied = [(low, master) for low, master in pairs if low is not master]
-        self.learning_rates = schedule(self.steps * settings.epochs, settings.learning_rate, device)
+        self.diverged = torch.zeros((), device=device)  # 1 from the first step on whose gradients are not finite
+        kernels = pick_kernels(net, device, fused)
+        self.fused, self.model, self.copied = None, None, []
+        if kernels:
+            images, labels = data.images.contiguous(), data.labels.contiguous()
+            self.fused = kernels.FusedNet(
+                net, images, labels, settings.batch_size, settings.augment, self.diverged, settings.label_smoothing
+            )
+        else:
+            self.model = fast.low_precision_copy(net, self.dtype)
+            pairs = zip(self.model.parameters(), net.parameters(), strict=True)
+            self.copied = [(low, master) for low, master in pairs if low is not master]
+        steps = self.steps * settings.epochs
+        self.learning_rates = schedule(steps, settings.learning_rate, settings.warmup, device)
         self.lr = self.learning_rates[0].clone()
         groups = models.param_groups(net, settings.weight_decay)
         self.optimizer = OPTIMIZERS[settings.optimizer](groups, self.lr, settings.momentum, self.dtype)
@@ -85,13 +126,12 @@ class Trainer:
         self.counts = torch.zeros(2, 1, dtype=torch.int64, device=device)
         self.epoch_step, self.global_step = self.counts
         self.metric_sums = torch.zeros(2, device=device)  # over the epoch so far: loss, share of right answers
-        self.diverged = torch.zeros((), device=device)  # 1 from the first step on whose gradients are not finite
         self.optimizer.found_inf = self.diverged
         self.unscale = torch.full((), 1 / LOSS_SCALE, device=device)
         self.stream = fast.cuda_stream(device, stream) if device.type == "cuda" else None
         self.on_stream = functools.partial(torch.cuda.stream, self.stream) if self.stream else contextlib.nullcontext
-        if compile and fast.can_compile(device):
-            self.loss = torch.compile(self.loss, dynamic=False)
+        if kernels:
+            self.step = self.fused_step(kernels)
         self.recorded = self.capture() if self.stream and capture else None  # self.step would keep this object alive
 
     def batch(self):
@@ -123,6 +163,25 @@ class Trainer:
             self.metric_sums += torch.stack([loss, accuracy])
             self.counts += 1 - self.diverged.long()  # stays at the first step that diverged
 
+    def fused_step(self, kernels):
+        """Return `step` by engine.kernels, which rounds in other places; on a GPU, compile what it needs."""
+        fused, optimizer = self.fused, self.optimizer
+        state = self.order, self.shift, self.flip, self.learning_rates, self.counts.view(2), self.metric_sums, self.lr
+        steps = kernels.Steps(fused, *state)
+        launches, update = [*fused.launches(*steps.batch), *steps.launches()], optimizer.step
+        if isinstance(optimizer, Muon):
+            update = kernels.MuonStep(fused, optimizer)
+            launches.append(update.launch())
+        if self.stream:
+            kernels.compile_all(launches, fused.other_norms)
+
+        def step():  # which must not keep this trainer alive
+            fused(*steps.begin())
+            update()
+            steps.end()
+
+        return step
+
     def replay(self):
         """Take one training step: replay the recorded one where there is one."""
         (self.recorded or self.step)()
@@ -131,7 +190,7 @@ class Trainer:
         """Return the mean loss and the share of right answers of a batch."""
         logits = self.model(images).float()
         accuracy = (logits.detach().argmax(1) == labels).float().mean()
-        return F.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING), accuracy
+        return F.cross_entropy(logits, labels, label_smoothing=self.settings.label_smoothing), accuracy
 
     def capture(self):  # pragma: no cover - needs a GPU: tests/gpu
         """Record `step` as a CUDA graph, restore all state, and return the graph's replay."""
@@ -179,7 +238,8 @@ class Trainer:
             if "flip" in self.settings.augment:
                 self.flip.logical_not_()
             if "crop" in self.settings.augment:
-                shift = torch.randint(-CROP, CROP + 1, (n, 2), generator=self.generator, device=device)
+                crop = self.settings.crop
+                shift = torch.randint(-crop, crop + 1, (n, 2), generator=self.generator, device=device)
                 self.shift.copy_(shift)
             self.epoch_step.zero_()
             self.metric_sums.zero_()

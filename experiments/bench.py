@@ -2,16 +2,17 @@
 
     python -m experiments.bench            measure, write results/bench.csv, print the table
     python -m experiments.bench --scale    measure over batch sizes, widths and numbers of training images
-    python -m experiments.bench --check    compare the weights that the eager, captured and compiled steps reach
+    python -m experiments.bench --check    compare the weights that the eager, captured and fused steps reach
 
 Needs CIFAR-10. An epoch is every training image once, forward, backward and update, without evaluation. The paths:
 
     plain-0, plain-4  torchvision's dataset, ToTensor and Normalize in a DataLoader with 0 or 4 workers, batch 128,
                       float32, SGD, loss and accuracy fetched in each step
-    eager             utils.train's step, one kernel launched after another
-    captured          the same, recorded as a CUDA graph: what utils.train does on a GPU
-    compiled          the same, net and loss under torch.compile: utils.train(..., compile=True)
-    captured-3, compiled-3    three nets at once on one GPU, as experiments.run trains them: seconds per net and epoch
+    eager             the step in PyTorch, one kernel launched after another
+    captured          the same, recorded as a CUDA graph: utils.train(..., fused=False) on a GPU
+    fused             the step of engine.kernels, recorded as a CUDA graph: what utils.train does on a newer GPU
+    fused-125         the same at a batch size of 125
+    captured-3, fused-3    three nets at once on one GPU, as experiments.run trains them: seconds per net and epoch
 
 On a CPU there is nothing to capture: eager is what utils.train does. The plain loop runs in the same process, so there
 it profits from fast.keep_memory, too. The rows of --scale have the path "scale". What was tried is in bench_log.md.
@@ -89,7 +90,7 @@ class Fast:
     setup_seconds is what came before the first epoch, peak_memory_mib the most GPU memory that it needed.
     """
 
-    def __init__(self, name, data, settings, images, compile=False, capture=True, width=1, at_once=1):
+    def __init__(self, name, data, settings, images, fused=None, capture=True, width=1, at_once=1):
         self.device = data.images.device
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -97,9 +98,7 @@ class Fast:
         start = time.perf_counter()
         widths = tuple(width * channels for channels in models.WIDTHS)
         nets = [utils.build(name, settings, widths=widths) for _ in range(at_once)]
-        self.trainers = [
-            Trainer(net, data, settings, compile, capture, stream=number) for number, net in enumerate(nets)
-        ]
+        self.trainers = [Trainer(net, data, settings, fused, capture, stream=number) for number, net in enumerate(nets)]
         synchronize(self.device)
         self.setup_seconds = time.perf_counter() - start
         self.steps = images // settings.batch_size
@@ -144,6 +143,20 @@ def step_bytes(net, batch_size, bytes_each=2):
         elif isinstance(module, nn.AvgPool2d | nn.AdaptiveAvgPool2d):
             total += 2 * (read + written)
     return total * batch_size * bytes_each
+
+
+def fused_bytes(fused):
+    """Bytes that a fused step moves through memory when all that its kernels hand on is written and read once each.
+
+    The output of a convolution has three readers: the next layer, its own backward pass and the next layer's. What a
+    layer reads after a pool, and the first one, is kept for the backward pass.
+    """
+    total = 0
+    for layer in fused.layers:
+        total += 4 * layer.x.nbytes + 2 * layer.dy.nbytes
+        if not layer.before or layer.before.pool > 1:
+            total += 2 * layer.y.nbytes
+    return total - fused.layers[-1].x.nbytes  # there is no next layer
 
 
 def copy_bandwidth(device):
@@ -193,8 +206,8 @@ def row_of(data, path, net, seconds, settings, width=1, **more):
         "seconds_min": round(min(seconds), 4),
         "seconds_max": round(max(seconds), 4),
         "warmup_seconds": "",
-        "compile_seconds": "",
         "run_seconds": "",
+        "run_tested_seconds": "",
         "peak_memory_mib": "",
         "ratio_plain_0": "",
         "ratio_plain_4": "",
@@ -205,16 +218,19 @@ def row_of(data, path, net, seconds, settings, width=1, **more):
     } | more
 
 
+ALL_PATHS = ("plain-0", "plain-4", "eager", "captured", "captured-3", "fused", "fused-125", "fused-3")
 KEY = ["device", "path", "net", "batch_size", "width", "train_images"]
 
 
-def run_seconds(net, data, compile):
-    """Seconds of a 20-epoch run that is not the first of its net, from the call of `train` to its history."""
+def run_seconds(net, data, fused, track):
+    """Seconds of a 20-epoch run that is not the first of its net, from the call of `train` to its last test."""
     settings = settings_of(net, seed=1)
     made = utils.build(net, settings)
     start = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
-        utils.train(made, data, settings, compile=compile)
+        utils.train(made, data, settings, track=track, fused=fused)
+    if not track:
+        utils.test(made, data.test_images, data.test_labels)
     return time.perf_counter() - start
 
 
@@ -226,13 +242,14 @@ def bench(data, epochs):
     device = data.images.device
     bandwidth = copy_bandwidth(device)
     images = len(data.images) if device.type == "cuda" else len(data.images) // 5
-    fast_paths = {"eager": {"capture": False}, "compiled": {"compile": True}}
+    fast_paths = {"eager": {"fused": False, "capture": False}}
     if device.type == "cuda":
-        fast_paths |= {"captured": {}, "captured-3": {"at_once": 3}, "compiled-3": {"compile": True, "at_once": 3}}
+        fast_paths |= {"captured": {"fused": False}, "captured-3": {"fused": False, "at_once": 3}}
+        fast_paths |= {"fused": {"fused": True}, "fused-125": {"fused": True}, "fused-3": {"fused": True, "at_once": 3}}
     rows, medians = [], {}
     for net in NETS:
-        settings = settings_of(net)
-        loops = {path: Fast(net, data, settings, images, **options) for path, options in fast_paths.items()}
+        settings = {path: settings_of(net, batch_size=125) if "125" in path else settings_of(net) for path in ALL_PATHS}
+        loops = {path: Fast(net, data, settings[path], images, **options) for path, options in fast_paths.items()}
         if net == "NetA" or device.type == "cpu":  # on a GPU all nets wait for the same loader: one tells it all
             loops |= {"plain-4": Plain(net, device, 4, images), "plain-0": Plain(net, device, 0, images)}
         seconds = {path: [] for path in loops}
@@ -243,19 +260,22 @@ def bench(data, epochs):
         for path, loop in loops.items():
             measured = {}
             if isinstance(loop, Fast):
-                trainer, compiling = loop.trainers[0], path == "compiled"  # compiled-3 finds it compiled
-                bytes_moved = step_bytes(utils.build(net, settings), settings.batch_size) * trainer.steps
+                trainer, size = loop.trainers[0], settings[path].batch_size
+                fused = trainer.fused is not None
+                bytes_moved = fused_bytes(trainer.fused) if fused else step_bytes(utils.build(net, Settings()), size)
+                bytes_moved *= trainer.steps
                 measured = {
-                    "compile_seconds" if compiling else "warmup_seconds": round(loop.setup_seconds, 2),
+                    "warmup_seconds": round(loop.setup_seconds, 2),
                     "peak_memory_mib": loop.peak_memory_mib,
                     "dram_model_seconds": round(bytes_moved / bandwidth, 4),
                     "launches_per_step": launches(trainer),
                     "ratio_plain_0": round(medians["plain-0"] / medians[path], 1),
                     "ratio_plain_4": round(medians["plain-4"] / medians[path], 1),
                 }
-                if device.type == "cuda" and path in ("captured", "compiled"):
-                    measured["run_seconds"] = round(run_seconds(net, data, compiling), 2)
-            rows.append(row_of(data, path, net, seconds[path], settings, **measured))
+                if path in ("captured", "fused"):
+                    measured["run_seconds"] = round(run_seconds(net, data, fused, track=False), 2)
+                    measured["run_tested_seconds"] = round(run_seconds(net, data, fused, track=True), 2)
+            rows.append(row_of(data, path, net, seconds[path], settings[path], **measured))
             print(f"{path:10} {net} {medians[path]:8.3f} s an epoch", flush=True)
         records.upsert(BENCH, rows, KEY)  # a net's rows are kept whatever happens to the next one
     return rows
@@ -275,15 +295,17 @@ def scale(data, epochs):
         settings = settings_of(net, batch_size=size)
         loop = Fast(net, some, settings, images if device.type == "cuda" else max(size, 4000), width=width)
         seconds = [loop.epoch() for _ in range(epochs)]
-        widths = tuple(width * channels for channels in models.WIDTHS)
-        bytes_moved = step_bytes(utils.build(net, settings, widths=widths), size) * loop.trainers[0].steps
+        trainer = loop.trainers[0]
+        bytes_moved = fused_bytes(trainer.fused) if trainer.fused else step_bytes(trainer.net, size)
+        bytes_moved *= trainer.steps
         measured = {
             "peak_memory_mib": loop.peak_memory_mib,
             "dram_model_seconds": round(bytes_moved / bandwidth, 4),
-            "launches_per_step": launches(loop.trainers[0]),
+            "launches_per_step": launches(trainer),
         }
         rows.append(row_of(some, "scale", net, seconds, settings, width, **measured))
         print(f"{net} batch {size} width {width} images {images}: {statistics.median(seconds):.3f} s", flush=True)
+        records.upsert(BENCH, rows, KEY)
     return rows
 
 
@@ -292,7 +314,8 @@ def check(data):
     few = replace(data, images=data.images[:10_000], labels=data.labels[:10_000])
     for net in NORM_OF:
         weights = {}
-        for path, options in {"eager": {"capture": False}, "captured": {}, "compiled": {"compile": True}}.items():
+        paths = {"eager": {"fused": False, "capture": False}, "captured": {"fused": False}, "fused": {}}
+        for path, options in paths.items():
             settings = Settings(epochs=2, augment="flip+crop")
             made = utils.build(net, settings)
             trainer = Trainer(made, few, settings, **options)
@@ -321,6 +344,8 @@ def main(arguments=None):
     except OSError as error:
         parser.error(str(error))
     synchronize(data.images.device)
+    if data.images.device.type == "cpu":
+        fast.keep_memory()
     print(
         f"{records.device_name(data.images.device)}: CIFAR-10 from disk to device {time.perf_counter() - start:.2f} s"
     )
@@ -329,8 +354,6 @@ def main(arguments=None):
         return
     rows = scale(data, options.epochs) if options.scale else bench(data, options.epochs)
     print(pd.DataFrame(rows).drop(columns=["device", "torch", "commit"]).to_string(index=False))
-    if options.scale:
-        records.upsert(BENCH, rows, KEY)
 
 
 if __name__ == "__main__":

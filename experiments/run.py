@@ -9,7 +9,6 @@ Needs CIFAR-10. A finished run is in results/runs.csv at once, and skipped the n
 """
 
 import argparse
-import collections
 import dataclasses
 import datetime
 import itertools
@@ -30,7 +29,6 @@ from experiments.sweeps import RUNS, SWEEPS, missing, planned, read_texts, waits
 # Runs share a GPU, so that one computes while another waits for its small kernels: three of the published batch, as
 # bench.py measures, and the more the smaller the batch is. Not measured: where more than 12 stop paying.
 IMAGES_AT_ONCE, AT_ONCE = 1_500, (3, 12)
-COMPILE_FROM = 15  # runs of a sweep, a process, that share a net: with fewer, compiling it takes longer than it saves
 TRAIN_IMAGES = {"test": 50_000, "validation": 45_000}
 
 
@@ -50,16 +48,13 @@ def run_sweep(sweep, data):
     """Run what is missing of a sweep, a few runs at a time, each written when it ends."""
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     rows = read_texts(RUNS)
-    mine = planned(sweep, rows)
-    alike = collections.Counter(map(program, mine))  # finished ones too, so that all of a sweep are trained alike
-    mine = mine[rank::world]
+    mine = set(planned(sweep, rows)[rank::world])
     todo = [one for one in missing(sweep, rows) if one in mine]
     if SWEEPS[sweep][0] == "validation":
         data = validation_split(data)
     with tqdm(total=len(todo), desc=sweep) as bar:
         for part in parts(todo) if data.images.is_cuda else ([one] for one in todo):
-            compile = [data.images.is_cuda and alike[program(one)] >= COMPILE_FROM * world for one in part]
-            runs = train_together(sweep, part, data, compile)
+            runs = train_together(sweep, part, data)
             records.upsert(RUNS, [run.row for run in runs])
             bar.update(len(runs))
 
@@ -73,20 +68,15 @@ def parts(todo):
             yield part
 
 
-def program(one):
-    """Return what experiments have in common that one compiled program serves."""
-    return one.net, one.widths, one.groups, one.layer_variant, one.statistics_batch, one.batch_size
-
-
-def train_together(sweep, todo, data, compile):
-    """Train several nets at the same time on one device, compiled or not: a `utils.Run` for each experiment."""
+def train_together(sweep, todo, data):
+    """Train several nets at the same time on one device: a `utils.Run` for each experiment."""
     if data.images.device.type == "cpu":
         fast.keep_memory()
+    fused = False if sweep == "captured" else None
     started = time.perf_counter()
     nets = [one.build() for one in todo]
     trainers = [
-        Trainer(net, data, one, compile=compiled, stream=number)
-        for number, (net, one, compiled) in enumerate(zip(nets, todo, compile, strict=True))
+        Trainer(net, data, one, fused, stream=number) for number, (net, one) in enumerate(zip(nets, todo, strict=True))
     ]
     for _ in itertools.zip_longest(*map(all_epochs, trainers)):
         pass  # a step of each in turn: all of an epoch would fill the GPU's queue, and the other nets would wait
@@ -137,8 +127,6 @@ def main(arguments=None):
         parser.error("there is no GPU here, where all sweeps would take days: name one")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    # All nets share one forward, of which torch.compile keeps 8 kinds and would then go on without compiling.
-    torch._dynamo.config.recompile_limit = 64
     try:
         if options.commit:
             records.set_commit(options.commit)
@@ -153,7 +141,8 @@ def main(arguments=None):
             torch.distributed.barrier()  # another process may still be at what this sweep waits for
         if waits(sweep, read_texts(RUNS)):
             print(f"{sweep}: waits for {SWEEPS[sweep][2]}")
-        run_sweep(sweep, data)
+        else:
+            run_sweep(sweep, data)
 
 
 if __name__ == "__main__":

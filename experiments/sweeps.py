@@ -5,6 +5,7 @@ validation split is for choices, the test split for what is published.
 """
 
 import itertools
+import random
 
 import numpy as np
 import pandas as pd
@@ -38,6 +39,15 @@ WIDTHS = {  # parameters: output channels
     34_918: (12, 28, 20, 20, 20, 20, 20, 28, 28, 28),
 }
 LAYER_WIDTHS = (2, 4, 8, 8, 8, 8, 16, 24, 24, 24)  # what 50,000 parameters leave to nn.LayerNorm([C, H, W]): 49,880
+CHOICES = {  # of draw_recipes, beside learning rate and weight decay
+    "batch_size": (64, 125, 250, 500),
+    "momentum": (0.8, 0.9, 0.95, 0.98),
+    "label_smoothing": (0.0, 0.05, 0.1, 0.2),
+    "warmup": (0.05, 0.1, 0.2, 0.4),
+    "crop": (1, 2, 3, 4),
+}
+RECIPE = ["learning_rate", "weight_decay", *CHOICES]
+TYPES = {name: int if name in ("batch_size", "crop") else float for name in RECIPE}
 SETTING = ["optimizer", "net", "learning_rate", "weight_decay"]
 
 
@@ -56,13 +66,55 @@ def tune(rows):
 
 
 def augment(rows):
+    """List the published runs with augmentation."""
     return experiments(NETS, 10, [{"weight_decay": AUGMENTED_WEIGHT_DECAY, "augment": "flip+crop"}])
+
+
+def captured(rows):
+    """List the published runs, which `experiments.run` trains without the fused step here."""
+    return experiments(NETS, 10) + augment(rows)
 
 
 def tuning(optimizer, net, learning_rate, decay, seeds, **variant):
     """List the experiments of one optimizer, net and setting, one for each of the first seeds."""
     change = {"learning_rate": float(learning_rate), "weight_decay": float(decay)}
     return experiments([net], seeds, [change | {"optimizer": optimizer, "momentum": MOMENTUM[optimizer]}], [variant])
+
+
+def draw_recipes(count=60):
+    """Draw settings for `search` from the space of PLAN.md, the same each time."""
+    draw, recipes = random.Random(20), []
+    for _ in range(count):
+        recipe = {"learning_rate": 0.005 * 30 ** draw.random(), "weight_decay": 0.03 * 100 ** draw.random()}
+        recipe = {name: float(f"{value:.3g}") for name, value in recipe.items()}
+        recipes.append(recipe | {name: draw.choice(values) for name, values in CHOICES.items()})
+    return sorted(recipes, key=lambda recipe: recipe["batch_size"])  # alike ones at the same time
+
+
+def with_recipe(recipe, nets, seeds, augment):
+    """List the experiments of one recipe; without augmentation its crop plays no part."""
+    changed = recipe | {"augment": augment} | ({"crop": Settings.crop} if augment == "none" else {})
+    return [
+        Experiment(net=net, seed=seed, initial_weights="he" if net == "Net" else "", **changed)
+        for seed, net in itertools.product(seeds, nets)
+    ]
+
+
+def search(rows, augment="none"):
+    """List random recipes, the same for each net."""
+    return [one for recipe in draw_recipes() for one in with_recipe(recipe, WITH_CONTROL, [0], augment)]
+
+
+def search_seeds(rows, augment="none", count=5):
+    """List three new seeds of each net's best recipes."""
+    study = {"none": "search", "flip+crop": "search-augmented"}[augment]
+    accuracy = validation_means(rows[rows["study"] == study], ["net", *RECIPE])
+    chosen = []
+    for net in WITH_CONTROL:
+        for values in accuracy[net].nlargest(count).index:
+            recipe = {name: TYPES[name](value) for name, value in zip(RECIPE, values, strict=True)}
+            chosen += with_recipe(recipe, [net], [1, 2, 3], augment)
+    return sorted(chosen, key=lambda one: one.batch_size)
 
 
 def rate(rows):
@@ -151,6 +203,11 @@ def flip(rows):
 SWEEPS = {
     "tune": ("validation", tune, None),
     "augment": ("test", augment, None),
+    "captured": ("test", captured, None),
+    "search": ("validation", search, None),
+    "search-seeds": ("validation", search_seeds, "search"),
+    "search-augmented": ("validation", lambda rows: search(rows, "flip+crop"), None),
+    "search-augmented-seeds": ("validation", lambda rows: search_seeds(rows, "flip+crop"), "search-augmented"),
     "rate": ("validation", rate, None),
     "rate-seeds": ("validation", rate_seeds, "rate"),
     "optimizer": ("test", optimizer, "rate-seeds"),

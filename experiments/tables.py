@@ -509,8 +509,9 @@ PATHS = {  # of results/bench.csv, in the order of the table
     "eager": "eager",
     "captured": "CUDA graph",
     "captured-3": "CUDA graph, 3 runs at once",
-    "compiled": "torch.compile",
-    "compiled-3": "torch.compile, 3 runs at once",
+    "fused": "fused step",
+    "fused-125": "fused step, batch 125",
+    "fused-3": "fused step, 3 runs at once",
 }
 
 

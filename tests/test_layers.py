@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "engine.files": (),
     "engine.muon": (),
     "engine.fast": (),
-    "engine.kernels": ("models", "engine.data", "engine.muon"),
+    "engine.kernels": ("models", "engine.fast"),
     "engine.tune": ("models", *ENGINE, "engine.kernels"),
     "engine.records": ("engine.files",),
     "engine.data": ("models", "engine.download"),

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import shutil
 import warnings
 from dataclasses import FrozenInstanceError, asdict, fields, replace
 
@@ -332,28 +331,6 @@ def test_a_run_that_diverges_ends_where_it_does(tiny, tmp_path):
     )
     with pytest.raises(FloatingPointError, match=message):
         trained(tiny, "Net", settings, checkpoint=tmp_path / "run.pt")
-
-
-def test_without_a_compiler_training_goes_on(tiny, monkeypatch, capsys):
-    def no_compiler(function, **options):
-        raise RuntimeError("no C compiler\nand much more")
-
-    expected, _ = trained(tiny, "NetA")
-    monkeypatch.setattr(torch, "compile", no_compiler)
-    found, _ = trained(tiny, "NetA", compile=True)
-    assert "torch.compile does not work here, training without it: no C compiler\n" in capsys.readouterr().out
-    assert same(expected, found)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
-def test_compiled_and_eager_agree(small):
-    settings = Settings(epochs=1, batch_size=100)
-    expected, history = trained(small, "NetB", settings)
-    found, compiled = trained(small, "NetB", settings, compile=True)
-    assert compiled[0]["loss"] == pytest.approx(history[0]["loss"], abs=0.01)
-    for name, value in found.items():
-        assert (value - expected[name]).norm() < 0.05 * expected[name].norm() + 1e-3
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -133,30 +133,6 @@ def test_another_c_library_is_left_alone(monkeypatch):
     fast.keep_memory()
 
 
-def test_whether_the_compiler_works_is_asked_of_the_compiler(monkeypatch, capsys, cpu):
-    def fails(function):
-        def compiled(x):
-            raise RuntimeError("no C compiler\nand much more")
-
-        return compiled
-
-    monkeypatch.setattr(torch, "compile", fails)
-    assert not fast.can_compile(cpu)
-    assert capsys.readouterr().out == "torch.compile does not work here, training without it: no C compiler\n"
-    monkeypatch.setattr(torch, "compile", lambda function: function)
-    assert fast.can_compile(cpu)
-    assert capsys.readouterr().out == ""
-
-
-def test_a_compiler_that_fails_without_a_word(monkeypatch, capsys, cpu):
-    def fails(function):
-        raise RuntimeError
-
-    monkeypatch.setattr(torch, "compile", fails)
-    assert not fast.can_compile(cpu)
-    assert capsys.readouterr().out == "torch.compile does not work here, training without it: RuntimeError\n"
-
-
 @pytest.mark.gpu
 def test_each_number_has_one_stream():
     device = torch.device("cuda")

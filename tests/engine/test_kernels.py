@@ -23,9 +23,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if INTERPRETED:
     import models
+    import utils
     from engine import kernels
-    from engine.data import crop_and_flip, normalize
+    from engine.data import Data, crop_and_flip, normalize
     from engine.muon import Muon
+    from engine.trainer import Trainer
 
     kernels.PIECE, kernels.PART = 8192, 2048  # few programs: the interpreter runs one after another
     interpreted = pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow", "ignore:divide by zero")
@@ -111,7 +113,7 @@ def test_a_step_of_batch_norm_agrees_with_autograd_for_an_odd_batch():
 @interpreted
 def test_other_widths_groups_and_classes_agree_with_autograd():
     images, labels, batch = make_batch(1, classes=100)
-    net = make_net("group", widths=(2, 20, 8, 12, 16, 8, 24, 28, 36, 20), groups=2, classes=100)
+    net = make_net("group", widths=(2, 20, 8, 12, 16, 8, 24, 28, 32, 20), groups=2, classes=100)
     compare(net, images, labels, batch, "none")
 
 
@@ -206,10 +208,54 @@ def test_a_weight_can_be_computed_from_another():
 
 
 @interpreted
-def test_a_net_with_another_norm_is_turned_down_with_a_reason():
+@pytest.mark.parametrize(("name", "optimizer"), [("NetA", "muon"), ("NetC", "sgd"), ("Net", "adamw")])
+def test_a_trainer_trains_as_it_does_without_the_kernels(name, optimizer):
     images, labels, _ = make_batch(1)
-    net = models.Net("batch")
-    net.C4.norm = torch.nn.InstanceNorm2d(24)
-    assert "InstanceNorm2d" in kernels.reason_against(net)
-    with pytest.raises(ValueError, match="InstanceNorm2d"):
-        kernels.FusedNet(net, images, labels, 1)
+    data = Data(images[:6], labels[:6], images[:1], labels[:1], name="few")
+    rate = {"muon": 0.02, "sgd": 0.02, "adamw": 0.001}[optimizer]
+    settings = utils.Settings(
+        epochs=1, batch_size=3, augment="flip+crop", optimizer=optimizer, learning_rate=rate, momentum=0.9
+    )
+    found = []
+    for fused in (True, False):
+        net = utils.build(name, settings)
+        before = [parameter.detach().clone() for parameter in net.parameters()]
+        trainer = Trainer(net, data, settings, fused)
+        assert bool(trainer.fused) == fused
+        if not fused:
+            trainer.model, trainer.copied = net, []  # in float32
+            trainer.dtype = torch.float32
+        for _ in trainer.epoch():
+            pass
+        assert trainer.counts.flatten().tolist() == [2, 2]
+        after = zip(net.parameters(), before, strict=True)
+        found.append((trainer.means(), torch.cat([(p.detach() - first).flatten() for p, first in after])))
+    assert found[0][0] == pytest.approx(found[1][0], rel=2e-3)
+    limit = {"muon": 0.15, "sgd": 0.01, "adamw": 0.1}[optimizer]  # Muon and AdamW take small gradients for large ones
+    assert (found[0][1] - found[1][1]).norm() <= limit * found[1][1].norm()
+
+
+@interpreted
+def test_a_net_that_the_kernels_do_not_compute_is_turned_down_with_a_reason():
+    images, labels, _ = make_batch(1)
+
+    def changed(change, **options):
+        net = models.Net("batch", **options)
+        change(net)
+        return net
+
+    assert kernels.reason_against(models.NetC(groups=2)) == ""
+    cases = {
+        "no kernel for InstanceNorm2d": changed(lambda net: setattr(net.C4, "norm", torch.nn.InstanceNorm2d(24))),
+        "no scale and shift": changed(lambda net: setattr(net.C4, "norm", torch.nn.BatchNorm2d(24, affine=False))),
+        "averages over all": changed(lambda net: setattr(net.C4.norm, "momentum", None)),
+        "layers are not those": changed(lambda net: setattr(net.C4, "activation", torch.nn.ReLU())),
+        "three colors": models.Net("batch", in_channels=1),
+        "are frozen": changed(lambda net: net.c11.requires_grad_(False)),
+        "more than 32 channels": models.Net("none", widths=(40,) * 10),
+        "more than 128 classes": models.Net("none", classes=200),
+    }
+    for reason, net in cases.items():
+        assert reason in kernels.reason_against(net)
+        with pytest.raises(ValueError, match=reason):
+            kernels.FusedNet(net, images, labels, 1)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import models
 import utils
 from engine import fast
 from engine.data import normalize
-from engine.trainer import OPTIMIZERS, Trainer, schedule
+from engine.trainer import OPTIMIZERS, Trainer, pick_kernels, schedule
 from utils import Settings
 
 NETS = ("NetA", "NetB", "NetC", "Net")
@@ -320,6 +321,31 @@ def test_another_kind_of_net_is_refused_in_one_line(small, net):
 def test_a_batch_larger_than_the_data_is_refused(small):
     with pytest.raises(ValueError, match=r"^batch_size is 601; there are 600 training images$"):
         Trainer(models.NetA(), small, replace(SHORT, batch_size=601))
+
+
+def test_the_fused_step_says_why_it_does_not_run(small, monkeypatch, capsys):
+    with pytest.raises(ValueError, match=r"^there is no fused step here: it needs a GPU$"):
+        Trainer(models.NetA(widths=NARROW), small, SHORT, fused=True)
+    assert Trainer(models.NetA(widths=NARROW), small, SHORT).fused is None
+    assert capsys.readouterr().out == ""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from engine import kernels
+
+    monkeypatch.setattr(kernels, "reason_against_device", lambda device: "the GPU is too old")
+    cuda, net = torch.device("cuda"), models.NetA()
+    for _ in range(2):
+        assert pick_kernels(net, cuda) is None
+    assert capsys.readouterr().out == "training without the fused step: the GPU is too old\n"
+    monkeypatch.setattr(kernels, "reason_against_device", lambda device: "")
+    assert pick_kernels(net, cuda) is kernels
+    assert pick_kernels(net, cuda, fused=False) is None
+    net.C4.activation = nn.ReLU()
+    assert pick_kernels(net, cuda) is None
+    assert capsys.readouterr().out.startswith("training without the fused step: its layers are not those of models.Net")
+    monkeypatch.setitem(sys.modules, "engine.kernels", None)
+    monkeypatch.delattr("engine.kernels")
+    assert pick_kernels(models.NetA(), cuda) is None
+    assert capsys.readouterr().out == "training without the fused step: Triton is not installed\n"
 
 
 def test_a_step_leaves_no_global_setting_behind(small, monkeypatch):

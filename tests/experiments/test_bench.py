@@ -77,7 +77,7 @@ def test_rows_of_the_plain_loop_name_its_batch_and_precision(small):
 def test_published_speed():
     """Every published path is measured and faster than the plain loop."""
     rows = pd.read_csv(ROOT / "results" / "bench.csv")
-    for device, path in (("NVIDIA", "captured"), ("NVIDIA", "compiled"), ("cpu", "eager")):
+    for device, path in (("NVIDIA", "captured"), ("NVIDIA", "fused"), ("cpu", "eager")):
         found = rows[rows["device"].str.startswith(device) & (rows["path"] == path)]
         assert sorted(found["net"]) == ["NetA", "NetB", "NetC"]
         assert (found["ratio_plain_4"] > 1).all()
@@ -86,14 +86,14 @@ def test_published_speed():
     assert not rows["commit"].str.contains("+", regex=False).any()
 
 
-@pytest.mark.parametrize(("wrong", "named"), [(None, None), ("capture", "captured"), ("compile", "compiled")])
+@pytest.mark.parametrize(("wrong", "named"), [(None, None), ("capture", "captured"), ("fused", "fused")])
 def test_a_path_that_computes_something_else_is_named(small, monkeypatch, capsys, wrong, named):
-    """A path trains with random labels here; compiled ones may differ by rounding, so only by their loss are known."""
+    """A path trains with random labels here; the fused one may differ by rounding, so only by its loss is known."""
     few = replace(small, images=small.images[:500], labels=torch.zeros_like(small.labels[:500]))
     shuffled = replace(few, labels=torch.arange(500) % 10)
 
-    def trainer(net, data, settings, compile=False, capture=True):
-        path = "compile" if compile else "capture" if capture else "eager"
+    def trainer(net, data, settings, fused=None, capture=True):
+        path = "fused" if fused is None else "capture" if capture else "eager"
         return Trainer(net, shuffled if path == wrong else few, settings)
 
     monkeypatch.setattr(bench, "Trainer", trainer)
@@ -112,7 +112,7 @@ def test_unknown_option():
 
 
 def test_every_path_of_every_net_is_measured(small, monkeypatch, tmp_path):
-    """On few synthetic images, with no loop that needs CIFAR-10's files and without the compiler's minutes."""
+    """On few synthetic images, with no loop that needs CIFAR-10's files and on a CPU."""
 
     class Plain(bench.Fast):
         def __init__(self, name, device, workers, images):
@@ -121,14 +121,13 @@ def test_every_path_of_every_net_is_measured(small, monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "load_data", lambda *arguments: small)
     monkeypatch.setattr(bench, "BENCH", tmp_path / "bench.csv")
     monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 1e9)
-    monkeypatch.setattr(bench, "settings_of", lambda net: SMALL)
+    monkeypatch.setattr(bench, "settings_of", lambda net, **changes: SMALL)
     monkeypatch.setattr(bench, "Plain", Plain)
-    monkeypatch.setattr("engine.fast.can_compile", lambda device: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     bench.main(["--epochs", "1"])
     rows = pd.read_csv(tmp_path / "bench.csv")
     found = sorted(zip(rows["net"], rows["path"], strict=True))
-    assert found == sorted(itertools.product(utils.NETS, ("eager", "compiled", "plain-0", "plain-4")))
+    assert found == sorted(itertools.product(utils.NETS, ("eager", "plain-0", "plain-4")))
     assert rows["seconds_per_epoch"].gt(0).all()
     assert rows[rows["path"] == "eager"]["ratio_plain_4"].gt(0).all()
 

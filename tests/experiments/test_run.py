@@ -128,18 +128,11 @@ def test_small_batches_run_many_at_a_time():
     ]
 
 
-def test_one_program_serves_what_differs_in_numbers_alone():
-    same = [replace(TINY, seed=3), replace(TINY, learning_rate=0.1), replace(TINY, augment="flip"), TINY]
-    assert len({run.program(one) for one in same}) == 1
-    other = [replace(TINY, groups=2), replace(TINY, batch_size=50), replace(TINY, net="NetB"), TINY]
-    assert len({run.program(one) for one in other}) == 4
-
-
 def test_together_as_alone(tiny):
     """Runs that share a device get the weights that each would get by itself, also when one is longer."""
     data, _ = tiny
     todo = [replace(TINY, seed=epochs, epochs=epochs) for epochs in (2, 3)]
-    together = run.train_together("augment", todo, data, [False, False])
+    together = run.train_together("augment", todo, data)
     alone = [utils.run("NetC", data, one, track=False) for one in todo]
     assert [one.scores.loss for one in together] == [one.scores.loss for one in alone]
     assert [one.row["test_accuracy"] for one in together] == [one.row["test_accuracy"] for one in alone]
@@ -148,7 +141,7 @@ def test_together_as_alone(tiny):
 def test_memory_is_kept_on_a_cpu(tiny, monkeypatch):
     calls = []
     monkeypatch.setattr(fast, "keep_memory", lambda: calls.append(1))
-    run.train_together("augment", [TINY], tiny[0], [False])
+    run.train_together("augment", [TINY], tiny[0])
     assert calls
 
 

@@ -32,9 +32,9 @@ def flat(net):
     return torch.cat([value.detach().flatten().float() for value in net.state_dict().values()])
 
 
-def trained(name, data, settings):
+def trained(name, data, settings, fused=None):
     net = utils.build(name, settings)
-    utils.train(net, data, settings, track=False)
+    utils.train(net, data, settings, track=False, fused=fused)
     return flat(net)
 
 
@@ -43,13 +43,24 @@ def trained(name, data, settings):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("batch_size", [500, 130])
 @pytest.mark.parametrize("name", models.NORM_OF)
-def test_captured_eager_and_repeated_runs_agree_bit_for_bit(name, data, monkeypatch):
-    settings = replace(SHORT, augment="flip+crop")
-    first = trained(name, data, settings)
-    assert torch.equal(first, trained(name, data, settings))
+def test_captured_eager_and_repeated_runs_agree_bit_for_bit(name, data, monkeypatch, batch_size, fused):
+    settings = replace(SHORT, augment="flip+crop", batch_size=batch_size)
+    first = trained(name, data, settings, fused)
+    assert torch.equal(first, trained(name, data, settings, fused))
     monkeypatch.setattr(Trainer, "capture", lambda trainer: trainer.step)
-    assert torch.equal(first, trained(name, data, settings))
+    assert torch.equal(first, trained(name, data, settings, fused))
+
+
+def test_a_gpu_takes_the_fused_step_by_itself_and_says_why_where_it_does_not(data, capsys):
+    assert Trainer(utils.build("NetA", SHORT), data, SHORT).fused
+    assert not Trainer(utils.build("NetA", SHORT), data, SHORT, fused=False).fused
+    assert capsys.readouterr().out == ""
+    one = Experiment(net="NetB", layer_variant="C")
+    assert not Trainer(one.build(), data, one).fused
+    assert capsys.readouterr().out == "training without the fused step: there is no kernel for LayerNorm2d\n"
 
 
 VARIANTS = [
@@ -85,23 +96,30 @@ def test_recording_leaves_net_and_state_as_they_were(data, optimizer):
     assert trainer.optimizer_tensors()
     assert all((tensor == 0).all() for tensor in trainer.optimizer_tensors())
     assert (trainer.counts == 0).all()
-    for low, master in trainer.copied:
+    captured = Trainer(net, data, settings, fused=False)
+    assert len(captured.copied) == 12
+    for low, master in captured.copied:
         assert torch.equal(low, master.half())
 
 
-def test_compiled_and_captured_agree(data):
-    """Over eight steps: the compiler chooses kernels by their time, and training makes their rounding grow."""
-    few = replace(data, images=data.images[:2000], labels=data.labels[:2000])
-    losses = [utils.train(utils.build("NetC", SHORT), few, SHORT, compile=c)[-1]["loss"] for c in (False, True)]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+@pytest.mark.parametrize("name", models.NORM_OF)
+def test_the_fused_step_trains_as_the_captured_one_does(data, name):
+    """By the mean loss of each of two epochs, since training makes rounding grow."""
+    settings = replace(SHORT, augment="flip+crop")
+    losses = []
+    for fused in (True, False):
+        history = utils.train(utils.build(name, settings), data, settings, track=False, fused=fused)
+        losses.append([epoch["loss"] for epoch in history])
+    assert losses[0] == pytest.approx(losses[1], abs=0.02)
 
 
-def test_the_captured_step_stops_where_the_eager_one_does(data):
+@pytest.mark.parametrize("fused", [None, False])
+def test_the_captured_step_stops_where_the_eager_one_does(data, fused):
     settings = replace(SHORT, learning_rate=10.0, weight_decay=0.0)
     found = []
     for capture in (True, False):
         net = utils.build("Net", settings)
-        trainer = Trainer(net, data, settings, capture=capture)
+        trainer = Trainer(net, data, settings, fused, capture=capture)
         for _ in trainer.epoch():
             pass
         trainer.means()  # waits for the device
@@ -122,7 +140,7 @@ def test_no_garbage_is_collected_while_a_step_is_recorded(data, monkeypatch):
         step(trainer)
 
     monkeypatch.setattr(Trainer, "step", watched)
-    Trainer(utils.build("NetA", SHORT), data, SHORT)
+    Trainer(utils.build("NetA", SHORT), data, SHORT, fused=False)
     assert (True, False) in seen
     assert (True, True) not in seen
     assert gc.isenabled()
@@ -171,11 +189,14 @@ def test_group_norm_in_float16(groups, mean):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", ["NetA", "NetC"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_an_interrupted_run_resumes_bit_for_bit(data, tmp_path, monkeypatch, optimizer):
+def test_an_interrupted_run_resumes_bit_for_bit(data, tmp_path, monkeypatch, optimizer, name, fused):
     settings = Settings(epochs=4, augment="flip+crop", optimizer=optimizer, learning_rate=RATES[optimizer])
     path, write = tmp_path / "run.pt", records.write_checkpoint
-    expected = trained("NetC", data, settings)
+    whole = utils.build(name, settings)
+    utils.train(whole, data, settings, track=False, fused=fused)
 
     def write_two(path, run, history, state):
         write(path, run, history, state)
@@ -183,12 +204,14 @@ def test_an_interrupted_run_resumes_bit_for_bit(data, tmp_path, monkeypatch, opt
             raise KeyboardInterrupt
 
     monkeypatch.setattr(records, "write_checkpoint", write_two)
-    net = utils.build("NetC", settings)
+    net = utils.build(name, settings)
     with pytest.raises(KeyboardInterrupt):
-        utils.train(net, data, settings, track=False, checkpoint=path)
+        utils.train(net, data, settings, track=False, fused=fused, checkpoint=path)
     monkeypatch.undo()
-    assert len(utils.train(net, data, settings, track=False, checkpoint=path)) == 4
-    assert torch.equal(expected, flat(net))
+    with pytest.raises(ValueError, match="number format"):
+        utils.train(net, data, settings, track=False, fused=not fused, checkpoint=path)
+    assert len(utils.train(net, data, settings, track=False, fused=fused, checkpoint=path)) == 4
+    assert torch.equal(flat(whole), flat(net))
 
 
 def test_no_enqueued_step_writes_after_an_interrupted_call_has_restored_the_net(data, tmp_path, monkeypatch):

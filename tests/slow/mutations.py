@@ -393,11 +393,11 @@ MUTATIONS = [
         f"{TRAINER}::test_no_cuda_call_on_the_cpu_path",
     ),
     (
-        "a run without a compiler trains uncompiled",
+        "a net that the kernels do not know is not trained by them",
         "engine/trainer.py",
-        "        if compile and fast.can_compile(device):\n",
-        "        if compile:\n",
-        f"{UTILS}::test_without_a_compiler_training_goes_on",
+        "    return None if reason else kernels\n",
+        "    return kernels\n",
+        f"{TRAINER}::test_the_fused_step_says_why_it_does_not_run",
     ),
     (
         "a batch beyond the GPU's memory is named",
