@@ -147,8 +147,9 @@ def param_groups(net, weight_decay):
 
     All convolutions but c11 decay, and `Muon` orthogonalizes their updates. Scales, shifts and c11 do neither.
     """
-    convolutions = [p for p in net.parameters() if p.ndim == 4 and p is not net.c11.weight]
-    rest = [p for p in net.parameters() if p.ndim != 4 or p is net.c11.weight]
+    decaying = {m.weight for m in net.modules() if isinstance(m, nn.Conv2d) and m is not net.c11}
+    convolutions = [p for p in net.parameters() if p in decaying]
+    rest = [p for p in net.parameters() if p not in decaying]
     return [
         {"params": convolutions, "weight_decay": weight_decay, "use_muon": True},
         {"params": rest, "weight_decay": 0.0, "use_muon": False},

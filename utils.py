@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -49,13 +50,15 @@ class Settings:
     seed: int = 0  # of initial weights, order of the images and augmentation
 
     def __post_init__(self):
-        highest = {"learning_rate": 10, "weight_decay": 100, "momentum": 1, "label_smoothing": 1, "warmup": 0.99}
+        highest = {"learning_rate": 10, "weight_decay": 100, "momentum": 0.999, "label_smoothing": 1, "warmup": 0.99}
         for name, high in highest.items():
             value = getattr(self, name)
+            value = value.item() if isinstance(value, np.number) else value
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high:
                 raise ValueError(f"{name} is {show(value)}; give a number from 0 to {high}")
-            if value == 0 and name in ("learning_rate", "warmup"):
+            if value == 0 and name in ("learning_rate", "warmup", *["momentum"] * (self.optimizer == "sgd")):
                 raise ValueError(f"{name} is 0; give a number above 0")
+            object.__setattr__(self, name, value)
         for name, low in (("batch_size", 1), ("epochs", 1), ("seed", 0)):
             object.__setattr__(self, name, whole_number(name, getattr(self, name), low))
         object.__setattr__(self, "crop", whole_number("crop", self.crop, 0, 16))
@@ -104,9 +107,6 @@ def build(name, settings, **options):
     return models.Net(NORM_OF[name], **options)
 
 
-HISTORY = ("epoch", "loss", "train_accuracy", "test_accuracy", "learning_rate", "seconds", "elapsed")
-
-
 def train(net, data, settings, label="", track=True, fused=None, checkpoint=None):
     """Train `net` in place on `data`; returns its history, a dict per epoch. It ends on the data's device.
 
@@ -146,8 +146,11 @@ def train(net, data, settings, label="", track=True, fused=None, checkpoint=None
             else:  # so that a run that ends in its first epoch is not resumed from half-trained weights
                 records.write_checkpoint(checkpoint, run, history, trainer.state_dict())
         bar_format = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}{postfix}"
+        wait = 1 if sys.stdout.isatty() else 10  # seconds: a notebook saves each
         total, done = trainer.steps * settings.epochs, trainer.steps * len(history)
-        with tqdm(total=total, initial=done, desc=label, file=sys.stdout, bar_format=bar_format, mininterval=1) as bar:
+        with tqdm(
+            total=total, initial=done, desc=label, file=sys.stdout, bar_format=bar_format, mininterval=wait
+        ) as bar:
             for epoch in range(len(history) + 1, settings.epochs + 1):
                 epoch_started = time.perf_counter()
                 for _ in trainer.epoch():
@@ -158,7 +161,7 @@ def train(net, data, settings, label="", track=True, fused=None, checkpoint=None
                 tested = test(net, data.test_images, data.test_labels).accuracy if track else math.nan
                 rate = trainer.learning_rates[epoch * trainer.steps - 1].item()
                 values = (epoch, loss, accuracy, tested, rate, seconds, time.perf_counter() - started)
-                history.append(dict(zip(HISTORY, values, strict=True)))
+                history.append(dict(zip(records.HISTORY, values, strict=True)))
                 if checkpoint:
                     records.write_checkpoint(checkpoint, run, history, trainer.state_dict())
                 message = f"epoch {epoch}, loss {loss:.3f}, train {accuracy:.1f}%"
@@ -182,11 +185,12 @@ def test(net, images, labels):
 
     `net` keeps its mode, training or eval, module by module.
     """
-    check_images(images, labels, classes=net.c11.out_channels if isinstance(net, models.Net) else 10)
+    check_images(images, labels, classes=2**63)
     size = 100 if images.device.type == "cpu" else 2500  # images at once: on a CPU, what its cache holds
     flags = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
     with eval_mode(net), flags:
         logits = torch.cat([net(normalize(part)) for part in images.split(size)])
+    check_images(images, labels, classes=logits.shape[1])
     confidences, predictions = logits.softmax(1).max(1)
     return Scores(
         loss=F.cross_entropy(logits, labels).item(),
@@ -285,8 +289,7 @@ def save_runs(runs, data, folder):
     epochs = [{"net": name, "seed": one.row["seed"]} | epoch for one in runs for epoch in one.history]
     records.upsert(folder / "results" / "history.csv", pd.DataFrame(epochs).round(5).to_dict("records"), key=["net"])
     wrong = mistakes_table(runs[0], data).to_dict("records")
-    if wrong:
-        records.upsert(folder / "results" / "mistakes.csv", wrong, key=["net"])
+    records.upsert(folder / "results" / "mistakes.csv", wrong, key=["net"])
     weights = {key: value.cpu().contiguous() for key, value in runs[0].net.state_dict().items()}
     files.save(folder / "weights" / f"{name}.pt", lambda temporary: torch.save(weights, temporary))
     for one in runs:
@@ -304,12 +307,14 @@ def summarize(rows):
 
     Settings in which the rows of a net differ have a column each. Seconds are the median of a run.
     """
-    rows = pd.DataFrame(rows).astype({"train_accuracy": float, "test_accuracy": float})
+    rows = pd.DataFrame(rows)
+    for name in ("train_accuracy", "test_accuracy"):  # without one: runs that diverged, or of the validation split
+        rows[name] = pd.to_numeric(rows[name], errors="coerce")
     keys = dict.fromkeys(["net", "norm", "study", "epochs", "augment", "parameters", *mixed_settings(rows)])
     table = rows.groupby(list(keys), sort=False, dropna=False).agg(
         test_accuracy=("test_accuracy", "mean"),
         std=("test_accuracy", "std"),
-        n=("seed", "count"),
+        n=("seed", "nunique"),
         train_accuracy=("train_accuracy", "mean"),
         seconds=("seconds", "median"),
     )
@@ -334,7 +339,8 @@ def welch(first, second):
 def compare(rows, pairs=(("batch", "layer"), ("batch", "group"), ("group", "layer"))):
     """Tabulate differences in test accuracy between norms, in percentage points, with Welch's 95% interval.
 
-    ValueError when a norm of `pairs` has no row, rows of several settings, or a seed twice.
+    ValueError when a norm of `pairs` has no row, rows of several settings, a seed twice, or a run without a test
+    accuracy, and when the norms' rows differ in study, data set, epochs or augmentation.
     """
     rows = pd.DataFrame(rows)
     accuracy = {}
@@ -344,9 +350,15 @@ def compare(rows, pairs=(("batch", "layer"), ("batch", "group"), ("group", "laye
             raise ValueError(f"no row has the norm {norm!r}; there are {', '.join(sorted(set(rows['norm'])))}")
         if mixed := mixed_settings(own):
             raise ValueError(f"the rows of {norm} norm differ in {', '.join(mixed)}; compare rows of one setting")
-        if own["seed"].duplicated().any():
+        if own["seed"].astype(str).duplicated().any():
             raise ValueError(f"the rows of {norm} norm hold a seed twice; give each run once")
-        accuracy[norm] = own["test_accuracy"].astype(float)
+        accuracy[norm] = pd.to_numeric(own["test_accuracy"], errors="coerce")
+        if accuracy[norm].isna().any():
+            raise ValueError(f"a row of {norm} norm has no test accuracy; leave out what diverged or was validated")
+    rows = rows[rows["norm"].isin(accuracy)]
+    for name in ("study", "dataset", "epochs", "augment", "train_images", "split"):
+        if name in rows and rows[name].nunique() > 1:
+            raise ValueError(f"rows to compare differ in {name}: {', '.join(map(str, rows[name].unique()))}")
     lines = []
     for first, second in pairs:
         difference, low, high = welch(accuracy[first], accuracy[second])

@@ -4,10 +4,13 @@ import contextlib
 import copy
 import ctypes
 import functools
+import itertools
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+import models
 
 
 def pick_precision(device):
@@ -24,18 +27,40 @@ def pick_precision(device):
 def low_precision_copy(net, dtype):
     """Copy a `models.Net` for training in `dtype`, which shares the float32 norms of `net`.
 
-    Norms other than batch, layer and group norm are copied in `dtype`, too. c3 and c7 come after their pools instead of
-    before, which is the same function for a quarter of the work. The parameters' order is that of `net`.
+    So it shares every other module with buffers, such as running averages. Norms without are copied in `dtype`. c3 and
+    c7, where they are plain, come after their pools: the same function for a quarter of the work. The parameters' order
+    is that of `net`.
     """
     copied = copy.deepcopy(net).to(dtype)
     for name, module in net.named_modules():
         if isinstance(module, nn.BatchNorm2d):
             copied.set_submodule(name, module)
-        elif isinstance(module, nn.GroupNorm):
+        elif type(module) is nn.GroupNorm and module.affine:
             copied.set_submodule(name, ChannelsLastGroupNorm(module))
-    copied.c3, copied.P1 = AvgPool2x2(), copied.c3
-    copied.c7, copied.P2 = AvgPool2x2(), copied.c7
+        elif any(True for _ in module.buffers(recurse=False)):
+            copied.set_submodule(name, InFloat32(module))
+    following = list(copied.named_children())
+    for (name, conv), (next_name, pool) in itertools.pairwise(following):
+        pointwise = type(conv) is nn.Conv2d and (conv.kernel_size, conv.stride, conv.padding) == (
+            (1, 1),
+            (1, 1),
+            (0, 0),
+        )
+        if pointwise and repr(pool) == repr(nn.AvgPool2d(2)) and type(net).forward is models.Net.forward:
+            copied.set_submodule(name, AvgPool2x2())  # what is called c3 is a pool from here on
+            copied.set_submodule(next_name, conv)
     return copied
+
+
+class InFloat32(nn.Module):
+    """Compute a module in float32, whatever the type of the activations."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return self.module(x.float()).to(x.dtype)
 
 
 class AvgPool2x2(nn.Module):

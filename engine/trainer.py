@@ -86,8 +86,8 @@ class Trainer:
 
     fused    take the step by engine.kernels: True, False, or None for "where it can", see `pick_kernels`
     stream   number of the CUDA stream: nets that train at the same time need one each
-    TypeError for another kind of net; ValueError when a batch is larger than the training split, or when the net has
-    another number of classes than the data.
+    TypeError for another kind of net; ValueError when a batch is larger than the training split, the net has fewer
+    classes than the data, or a parameter is frozen or not float32. Nets with random layers do not resume bit for bit.
     """
 
     def __init__(self, net, data, settings, fused=None, capture=True, stream=0):
@@ -100,6 +100,10 @@ class Trainer:
             raise ValueError(f"batch_size is {settings.batch_size}; there are {len(data.images)} training images")
         if net.c11.out_channels < len(data.classes):
             raise ValueError(f"classes is {net.c11.out_channels}; {data.name} has {len(data.classes)}")
+        for name, parameter in net.named_parameters():
+            if parameter.dtype != torch.float32 or not parameter.requires_grad:
+                state = f"of {parameter.dtype}" if parameter.requires_grad else "frozen"
+                raise ValueError(f"{name} is {state}; give a net whose parameters are all float32 and trained")
         net.to(device, memory_format=torch.channels_last).train()
         self.dtype = fast.pick_precision(device)
         self.diverged = torch.zeros((), device=device)  # 1 from the first step on whose gradients are not finite
@@ -143,7 +147,7 @@ class Trainer:
         return normalize(images).to(self.dtype), self.data.labels.index_select(0, chosen)
 
     def step(self):
-        """Take one training step; from the first step with a gradient that is not finite on, change nothing."""
+        """Take one training step; from the first step with a gradient that is not finite on, change no parameter."""
         images, labels = self.batch()
         for parameter in self.model.parameters():
             parameter.grad = None

@@ -100,20 +100,19 @@ def with_recipe(recipe, nets, seeds, augment):
     ]
 
 
-def search(rows, augment="none"):
+def search(rows):
     """List random recipes, the same for each net."""
-    return [one for recipe in draw_recipes() for one in with_recipe(recipe, WITH_CONTROL, [0], augment)]
+    return [one for recipe in draw_recipes() for one in with_recipe(recipe, WITH_CONTROL, [0], "none")]
 
 
-def search_seeds(rows, augment="none", count=5):
+def search_seeds(rows, count=5):
     """List three new seeds of each net's best recipes."""
-    study = {"none": "search", "flip+crop": "search-augmented"}[augment]
-    accuracy = validation_means(rows[rows["study"] == study], ["net", *RECIPE])
+    accuracy = validation_means(rows[rows["study"] == "search"], ["net", *RECIPE])
     chosen = []
-    for net in WITH_CONTROL:
+    for net in accuracy.index.unique("net"):
         for values in accuracy[net].nlargest(count).index:
             recipe = {name: TYPES[name](value) for name, value in zip(RECIPE, values, strict=True)}
-            chosen += with_recipe(recipe, [net], [1, 2, 3], augment)
+            chosen += with_recipe(recipe, [net], [1, 2, 3], "none")
     return sorted(chosen, key=lambda one: one.batch_size)
 
 
@@ -206,8 +205,6 @@ SWEEPS = {
     "captured": ("test", captured, None),
     "search": ("validation", search, None),
     "search-seeds": ("validation", search_seeds, "search"),
-    "search-augmented": ("validation", lambda rows: search(rows, "flip+crop"), None),
-    "search-augmented-seeds": ("validation", lambda rows: search_seeds(rows, "flip+crop"), "search-augmented"),
     "rate": ("validation", rate, None),
     "rate-seeds": ("validation", rate_seeds, "rate"),
     "optimizer": ("test", optimizer, "rate-seeds"),

@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "engine.download": (),
     "engine.files": (),
     "engine.muon": (),
-    "engine.fast": (),
+    "engine.fast": ("models",),
     "engine.kernels": ("models", "engine.fast"),
     "engine.tune": ("models", *ENGINE, "engine.kernels"),
     "engine.records": ("engine.files",),

@@ -96,6 +96,42 @@ def test_norms_stay_in_float32_and_are_the_nets_own():
     assert fast.low_precision_copy(net, torch.bfloat16).C2.norm.weight.dtype == torch.bfloat16
 
 
+class Doubled(nn.GroupNorm):
+    """A norm of one's own, in the form of a subclass."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: setattr(net, "P1", nn.MaxPool2d(2)),
+        lambda net: setattr(net, "c3", nn.Sequential(net.c3, nn.SiLU())),
+        lambda net: setattr(net, "c7", nn.Conv2d(24, 24, 1, stride=2)),
+        lambda net: setattr(net.C5, "norm", Doubled(4, 24)),
+        lambda net: setattr(net.C5, "norm", nn.GroupNorm(1, 24, affine=False)),
+        lambda net: setattr(net.C5, "norm", nn.InstanceNorm2d(24, affine=True, track_running_stats=True)),
+    ],
+)
+def test_a_changed_net_is_copied_as_it_is(change):
+    torch.manual_seed(0)
+    net = models.NetB().to(memory_format=torch.channels_last)
+    change(net)
+    images = torch.randn(8, 3, 32, 32)
+    expected = copy.deepcopy(net)(images)
+    found = fast.low_precision_copy(net, torch.float32)(images)
+    assert (found - expected).norm() < 1e-4 * expected.norm()
+    assert fast.low_precision_copy(net, torch.bfloat16)(images.bfloat16()).dtype == torch.bfloat16
+
+
+def test_running_averages_of_any_norm_are_the_nets_own():
+    net = models.NetB()
+    net.C5.norm = nn.InstanceNorm2d(24, affine=True, track_running_stats=True)
+    fast.low_precision_copy(net, torch.bfloat16).train()(torch.randn(8, 3, 32, 32).bfloat16())
+    assert net.C5.norm.running_mean.abs().sum() > 0
+
+
 def test_precision_is_what_the_device_computes_with(monkeypatch):
     cuda = torch.device("cuda")
     for capability, dtype in (((6, 1), torch.float32), ((7, 0), torch.float16), ((9, 0), torch.float16)):

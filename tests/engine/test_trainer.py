@@ -323,6 +323,38 @@ def test_a_batch_larger_than_the_data_is_refused(small):
         Trainer(models.NetA(), small, replace(SHORT, batch_size=601))
 
 
+def test_a_net_for_fewer_classes_than_the_data_has_is_refused(small):
+    many = replace(small, classes=tuple(map(str, range(100))))
+    with pytest.raises(ValueError, match=rf"^classes is 10; {small.name} has 100$"):
+        Trainer(models.NetA(), many, SHORT)
+
+
+def test_frozen_parameters_and_other_types_are_refused_by_name(small):
+    net = models.NetA()
+    net.C5.conv.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"^C5.conv.weight is frozen; give a net whose parameters are all float32"):
+        Trainer(net, small, SHORT)
+    with pytest.raises(ValueError, match=r"^C1.conv.weight is of torch.bfloat16; give a net"):
+        Trainer(models.NetA().bfloat16(), small, SHORT)
+
+
+def test_a_scale_of_four_dimensions_is_no_convolution(small):
+    class Scaled(nn.Module):
+        def __init__(self, channels):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1, channels, 1, 1))
+
+        def forward(self, x):
+            return self.scale * x
+
+    net = models.Net("layer")
+    net.C5.norm = Scaled(24)
+    convolutions, rest = (group["params"] for group in models.param_groups(net, 0.5))
+    assert len(convolutions) == 10
+    assert any(parameter is net.C5.norm.scale for parameter in rest)
+    run_epoch(Trainer(net, small, SHORT))
+
+
 def test_the_fused_step_says_why_it_does_not_run(small, monkeypatch, capsys):
     with pytest.raises(ValueError, match=r"^there is no fused step here: it needs a GPU$"):
         Trainer(models.NetA(widths=NARROW), small, SHORT, fused=True)
