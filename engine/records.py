@@ -25,7 +25,7 @@ from engine.files import ROOT, read_bytes, replacement, save
 COMPUTING = ("models", "engine/data", "engine/muon", "engine/trainer", "engine/fast", "engine/kernels")
 # Read now: a process computes with what it loaded, whatever is edited later.
 CODE = [path.read_bytes() for name in COMPUTING if (path := ROOT / f"{name}.py").exists()]
-HISTORY = {"epoch", "loss", "train_accuracy", "test_accuracy", "learning_rate", "seconds", "elapsed"}  # of each epoch
+HISTORY = ("epoch", "loss", "train_accuracy", "test_accuracy", "learning_rate", "seconds", "elapsed")  # of each epoch
 # The columns of results/runs.csv that a run measures or notes; all others are its settings and tell rows apart.
 MEASURED = {"parameters", "train_accuracy", "test_accuracy", "validation_accuracy", "test_loss", "seconds", "device"}
 MEASURED |= {"torch", "commit", "status", "precision"}
@@ -209,7 +209,7 @@ def _check_progress(fingerprint, history, state, steps_per_epoch):
     epochs, step = len(history), int(state["global_step"])
     limit = fingerprint.get("epochs", epochs)
     for number, epoch in enumerate(history, 1):
-        numeric = epoch.keys() == HISTORY and all(type(value) in (int, float) for value in epoch.values())
+        numeric = epoch.keys() == set(HISTORY) and all(type(value) in (int, float) for value in epoch.values())
         if not numeric or epoch["epoch"] != number or number > limit:
             raise ValueError(f"epoch {number} of its history is not one of {limit}, with {', '.join(sorted(HISTORY))}")
     if not isinstance(history, list) or step != epochs * steps_per_epoch:
