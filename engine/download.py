@@ -14,6 +14,7 @@ import shutil
 import sys
 import tarfile
 import tempfile
+import threading
 import urllib.request
 from pathlib import Path
 
@@ -34,6 +35,7 @@ ARRAY_PARTS = (  # what a pickle may name; encode makes bytes
     ("_codecs", "encode"),
 )
 TIMEOUT = 5  # seconds without an answer after which a server counts as absent
+PATIENCE, LEAST = 30, 300_000  # a server that sends fewer bytes in so many seconds is given up
 
 
 def read(dataset, root):
@@ -120,11 +122,38 @@ def download(url, path, algorithm, checksum):
         shutil.rmtree(stale, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".download-", dir=path.parent) as folder:
         part = Path(folder) / path.name
-        # The timeout holds for connecting and for each read; for looking up the name, the system has its own.
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as response, open(part, "w+b") as file:
-            megabytes = itertools.islice(iter(lambda: response.read(10**6), b""), 200)  # the largest has 170
-            file.writelines(tqdm(megabytes, path.name, unit=" MB", file=sys.stdout))
+        with open(part, "w+b") as file:
+            receive(url, file, path.name)
             file.seek(0)
             if hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest() != checksum:
                 raise OSError(f"{url} sends something else")
         os.replace(part, path)
+
+
+def receive(url, file, label):
+    """Write what `url` sends to `file`. Raises whatever network and disk cause, and OSError for a slow server.
+
+    It is received in a thread: a server that sends its headers byte by byte can't be given up otherwise.
+    """
+    failures = []
+
+    def work():
+        try:
+            # The timeout holds for connecting and for each read; for looking up the name, the system has its own.
+            with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+                parts = itertools.islice(iter(lambda: response.read(10**5), b""), 2000)  # the largest has 170 MB
+                with tqdm(desc=label, unit="B", unit_scale=True, file=sys.stdout) as bar:
+                    for part in parts:
+                        bar.update(file.write(part))
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        before = file.tell()
+        thread.join(PATIENCE)
+        if thread.is_alive() and file.tell() - before < LEAST:  # the closed file ends the thread
+            raise OSError(f"{url} sends less than {LEAST:,} bytes in {PATIENCE} seconds")
+    for failure in failures:
+        raise failure

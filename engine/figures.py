@@ -10,7 +10,6 @@ from engine import files
 from engine.probe import confusion, overlap
 from models import NORM_OF
 
-NET_OF = {norm: net for net, norm in NORM_OF.items()}
 COLORS = {"batch": "#0072B2", "layer": "#D55E00", "group": "#009E73", "none": "#7F7F7F"}  # Okabe & Ito 2008
 GRAY = "#555555"
 

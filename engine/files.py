@@ -5,11 +5,13 @@ A problem is one line that names the file.
 
 import contextlib
 import errno
+import io
 import os
 import secrets
 import stat
 from pathlib import Path
 
+import torch
 from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,9 +27,17 @@ def save(path, write):
         write(temporary)
 
 
+def save_tensors(path, value):
+    """Save what torch.load reads; equal values give equal bytes."""
+    content = io.BytesIO()  # torch.save puts the name of a file, here a random one, into its archive
+    torch.save(value, content)
+    save(path, lambda temporary: temporary.write_bytes(content.getvalue()))
+
+
 @contextlib.contextmanager
 def replacement(path):
     """Yield the file that `path` leads to, and the path of what replaces it. One process at a time gets past here."""
+    check_path(path)
     target = Path(os.path.realpath(path))
     # Random, as two containers can share a process id. The suffix tells Matplotlib the format.
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part{target.suffix}")
@@ -58,10 +68,30 @@ def replacement(path):
         raise OSError(f"{path} can't be written: {f'the disk at {disk} is full' if full else error}") from None
 
 
+def check_path(path):
+    """Raise TypeError unless `path` is a str or a Path, which a number is not: it would be a file descriptor."""
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path is {path!r}; give a str or a Path")
+    if "\0" in str(path):
+        raise ValueError(f"path is {str(path)!r}, with a null byte; give another")
+
+
+def check_writable(path):
+    """Raise OSError, in one line, unless `path` could be saved now; change nothing."""
+    check_path(path)
+    try:
+        _check_writable(Path(os.path.realpath(path)))
+    except OSError as error:
+        raise OSError(f"{path} can't be written: {error}") from None
+
+
 def _check_writable(target):
     if os.path.lexists(target) and not target.is_file():
         raise OSError("it is no regular file")
-    for place in (target, next(folder for folder in target.parents if folder.exists())):
+    folder = next(folder for folder in target.parents if folder.exists())
+    if not folder.is_dir():
+        raise OSError(f"{folder} is no folder")
+    for place in (target, folder, target.with_name(f".{target.name}.lock")):
         # Root may write anything: the owner's permission tells what is meant to stay.
         if place.exists() and not (os.access(place, os.W_OK) and place.stat().st_mode & stat.S_IWUSR):
             raise OSError(f"{place} is read-only")
@@ -69,6 +99,7 @@ def _check_writable(target):
 
 def read_bytes(path):
     """Return the bytes of a regular file, None when absent; raise OSError, without waiting, for a folder or a FIFO."""
+    check_path(path)
     try:
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -82,14 +113,15 @@ def output_folder(path):
     """Create an output folder with subfolders results, img, weights and checkpoints, and return it, resolved.
 
     ValueError when it can't be written, is a checkout (a folder in one, such as out/, is fine), holds this one, is the
-    home folder or "/", is inside a .git, or links from it lead into a checkout.
+    home folder or "/", is inside a .git, or links from it lead into a checkout; also when it is no str or Path.
     """
-    folder, home = (Path(os.path.realpath(os.path.expanduser(place))) for place in (path, "~"))
 
     def is_checkout(place):
         return (place / "models.py").exists() or (place / ".git").exists()
 
     try:
+        check_path(path)
+        folder, home = (Path(os.path.realpath(os.path.expanduser(place))) for place in (path, "~"))
         in_git = ".git" in map(str.lower, folder.parts)
         if in_git or is_checkout(folder) or folder in (folder.parent, home, *ROOT.parents):
             raise OSError(f"{folder} holds other things")
@@ -101,6 +133,6 @@ def output_folder(path):
         for subfolder in subfolders:
             _check_writable(Path(os.path.realpath(subfolder / "file")))
             subfolder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, TypeError, ValueError) as error:
         raise ValueError(f"{str(path)!r} can't be the output folder: {error}; choose another, such as 'out'") from None
     return folder

@@ -42,7 +42,7 @@ import hashlib
 import math
 import multiprocessing
 import os
-import time
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,6 +50,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import nn
+from tqdm import tqdm
 from triton.backends.nvidia.driver import CudaLauncher
 
 import models
@@ -1330,14 +1331,12 @@ def compile_all(launches, more=list, progress=True):
     if not jobs:
         return
     jobs |= jobs_of(more(), target)
-    start = time.perf_counter()
     with multiprocessing.get_context("fork").Pool(min(len(jobs), os.cpu_count() or 1)) as workers:
-        for count, _ in enumerate(workers.imap_unordered(compile_launch, jobs.values()), 1):
-            if progress:
-                seconds = time.perf_counter() - start
-                print(f"\rcompiling kernels: {count} of {len(jobs)}, {seconds:.0f} s", end="", flush=True)
-    if progress:
-        print()
+        compiled = workers.imap_unordered(compile_launch, jobs.values())
+        bar_format = "{desc}: {n_fmt} of {total_fmt}, {elapsed}"
+        options = {"file": sys.stdout, "disable": not progress, "mininterval": 5, "bar_format": bar_format}
+        for _ in tqdm(compiled, "compiling kernels", len(jobs), **options):
+            pass
     for done in jobs:
         done.parent.mkdir(parents=True, exist_ok=True)
         done.touch()

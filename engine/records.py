@@ -12,6 +12,7 @@ import itertools
 import os
 import re
 import subprocess
+import types
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from engine.files import ROOT, read_bytes, replacement, save
+from engine import files
+from engine.files import ROOT, check_path, read_bytes, replacement, save_tensors
 
 COMPUTING = ("models", "engine/data", "engine/muon", "engine/trainer", "engine/fast", "engine/kernels")
 # Read now: a process computes with what it loaded, whatever is edited later.
@@ -29,6 +31,8 @@ HISTORY = ("epoch", "loss", "train_accuracy", "test_accuracy", "learning_rate", 
 # The columns of results/runs.csv that a run measures or notes; all others are its settings and tell rows apart.
 MEASURED = {"parameters", "train_accuracy", "test_accuracy", "validation_accuracy", "test_loss", "seconds", "device"}
 MEASURED |= {"torch", "commit", "status", "precision"}
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")  # of a module
+PLAIN = bool | int | float | complex | str | bytes | torch.dtype | slice | types.NoneType
 _commit = None  # see set_commit
 
 
@@ -70,12 +74,22 @@ def _key_of(row, key):
     return tuple(re.sub(r"^(-?\d+)\.0$", r"\1", row.get(name, "")) for name in key)  # 1.0 is 1
 
 
-def read_rows(path):
-    """Return the rows of a CSV file as a DataFrame, without any when it is absent."""
+def check_writable(path):
+    """Raise what `upsert` would, OSError for the place or ValueError for a damaged file; change nothing."""
+    files.check_writable(path)
+    if (content := read_bytes(path)) is not None:
+        _table(path, content)
+
+
+def read_rows(path, texts=False):
+    """Return the rows of a CSV file as a DataFrame, without any when it is absent.
+
+    texts  all values as they are written, "" where there is none
+    """
     if (content := read_bytes(path)) is None:
         return pd.DataFrame(columns=["study", "net", "split"])
     _table(path, content)
-    return pd.read_csv(io.BytesIO(content))
+    return pd.read_csv(io.BytesIO(content), **({"dtype": str, "keep_default_na": False} if texts else {}))
 
 
 def _table(path, content):
@@ -133,13 +147,16 @@ def weights_hash(state_dict):
 
 
 def fingerprint(net, data, settings, track, precision=None):
-    """Return, as numbers and texts, what must be the same for a run to be the same; `net` is not yet trained."""
-    device = data.images.device
-    forwards = [code for module in net.modules() if (code := getattr(module.forward, "__code__", None))]
-    constants = [[value for value in code.co_consts if isinstance(value, int | float | str)] for code in forwards]
+    """Return, as numbers and texts, what must be the same for a run to be the same; `net` is not yet trained.
+
+    It can't see functions, globals and objects outside the net's classes (lists and private attributes among them),
+    what a hook does, and what is swapped at run time.
+    """
+    device, weights = data.images.device, net.state_dict()
     described = {  # each of two words, which no setting can be called
-        "net's modules": repr(net),
-        "training code": _digest((CODE, [(code.co_code, code.co_names) for code in forwards], constants)),
+        "net's modules": re.sub(r" at 0x[0-9a-fA-F]+", "", repr(net)),
+        "net's attributes": "\n".join(_attributes(net)),
+        "training code": _digest((CODE, [_code(module) for module in net.modules()])),
         "torch version": str(torch.__version__),
         "device name": device_name(device),
         "number format": str(precision),
@@ -150,9 +167,56 @@ def fingerprint(net, data, settings, track, precision=None):
         "test images": data_hash(data.test_images),
         "test labels": data_hash(data.test_labels),
         "each epoch tested": bool(track),
-        "initial weights": weights_hash(net.state_dict()),
+        "unsaved buffers": weights_hash({name: value for name, value in net.named_buffers() if name not in weights}),
+        "initial weights": weights_hash(weights),
     }
     return described | _plain(asdict(settings))
+
+
+def _attributes(net):
+    """List the plain attributes and the numbers of hooks of each module, a line each."""
+    lines = []
+    for path, module in net.named_modules():
+        for name, value in sorted(vars(module).items()):
+            if name in HOOKS and value:
+                lines.append(f"{path or 'net'} has {len(value)} {name}")
+            # None is left out: what the net keeps of a batch is None at first.
+            if isinstance(value, PLAIN | tuple) and value is not None and name[:1] != "_" and name != "training":
+                lines.append(f"{path or 'net'}.{name} {_described(value)!r}")
+    return lines
+
+
+def _code(module):
+    """Describe a module's functions and, of its classes that are not torch's, methods and attributes."""
+    own = {name: value for name, value in vars(module).items() if callable(value) and name[:1] != "_"}
+    found = [own | {"forward": module.forward}]
+    for cls in type(module).__mro__:
+        if cls.__module__.partition(".")[0] != "torch":
+            found.append({name: value for name, value in vars(cls).items() if name[:2] != "__" or callable(value)})
+    return [(name, _described(value)) for members in found for name, value in sorted(members.items())]
+
+
+def _described(value, seen=()):
+    """Return what a constant or function is, the same in each process: without addresses and the order of sets."""
+    if isinstance(value, PLAIN):
+        return value
+    if isinstance(value, tuple):
+        return tuple(_described(item, seen) for item in value)
+    if isinstance(value, frozenset):
+        return sorted(repr(_described(item, seen)) for item in value)
+    if isinstance(value, types.CodeType):
+        return value.co_code, value.co_names, _described(value.co_consts, seen)
+    if isinstance(value, types.MethodType | staticmethod | classmethod):
+        value = value.__func__
+    if isinstance(value, property):
+        return _described((value.fget, value.fset), seen)
+    if isinstance(value, types.FunctionType) and value not in seen:
+        empty = types.CellType()
+        cells = [cell.cell_contents for cell in value.__closure__ or () if cell != empty]
+        defaults = (value.__defaults__, *sorted((value.__kwdefaults__ or {}).items()))
+        return _described((value.__code__, defaults, *cells), (*seen, value))
+    named = isinstance(value, type | types.FunctionType | types.BuiltinFunctionType)
+    return (value if named else type(value)).__qualname__
 
 
 def _plain(value):
@@ -167,9 +231,7 @@ def _plain(value):
 
 def write_checkpoint(path, fingerprint, history, state):
     """Save what a run resumes from: its fingerprint, its history and its state, a nested dict of tensors."""
-    content = io.BytesIO()
-    torch.save({"fingerprint": fingerprint, "history": _plain(history), "state": state}, content)
-    save(path, lambda temporary: temporary.write_bytes(content.getvalue()))
+    save_tensors(path, {"fingerprint": fingerprint, "history": _plain(history), "state": state})
 
 
 def read_checkpoint(path, fingerprint, steps_per_epoch, like):
@@ -178,8 +240,9 @@ def read_checkpoint(path, fingerprint, steps_per_epoch, like):
     like  a state of the same run at any step: the saved one must have its keys, shapes and types
 
     The net may hold the initial weights or the saved ones; the fingerprint that is returned is of the initial ones.
-    ValueError, which leaves the file, when it is another run's or damaged.
+    ValueError, which leaves the file, when it is another run's or damaged; TypeError when `path` is no path.
     """
+    check_path(path)
     advice = "delete it to start anew, or name another file"
     try:
         if (content := read_bytes(path)) is None:
@@ -200,8 +263,11 @@ def read_checkpoint(path, fingerprint, steps_per_epoch, like):
     for name in differing:
         pair = [str(run.get(name)) for run in (found, fingerprint)]
         lines = itertools.zip_longest(*(text.splitlines() for text in pair), fillvalue="")
-        old, new = next((line for line in lines if line[0] != line[1]), pair)  # the first lines that differ
-        raise ValueError(f"{path} is a checkpoint with {name} {old.strip():.90}, not {new.strip():.90}; {advice}")
+        pair = next((line for line in lines if line[0] != line[1]), pair)  # the first lines that differ
+        common = "".join(a for a, _ in itertools.takewhile(lambda two: two[0] == two[1], zip(*pair, strict=False)))
+        start = max(len(common) - len(common.lstrip()), len(common) - 60)
+        old, new = ("..." * (len(common) > 60) + text[start:][:90] for text in pair)
+        raise ValueError(f"{path} is a checkpoint with {name} {old}, not {new}; {advice}")
     return saved
 
 
@@ -211,7 +277,7 @@ def _check_progress(fingerprint, history, state, steps_per_epoch):
     for number, epoch in enumerate(history, 1):
         numeric = epoch.keys() == set(HISTORY) and all(type(value) in (int, float) for value in epoch.values())
         if not numeric or epoch["epoch"] != number or number > limit:
-            raise ValueError(f"epoch {number} of its history is not one of {limit}, with {', '.join(sorted(HISTORY))}")
+            raise ValueError(f"epoch {number} of its history is not one of {limit}, with {', '.join(HISTORY)}")
     if not isinstance(history, list) or step != epochs * steps_per_epoch:
         raise ValueError(f"its history has {epochs} epochs, its state is after {step} steps")
     if epochs == 0 and weights_hash(state["net"]) != fingerprint["initial weights"]:
@@ -238,8 +304,8 @@ def restored_on_error(net):
     try:
         yield
     except BaseException:
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # enqueued steps would write after us
+        for device in {value.device for value in net.state_dict().values() if value.is_cuda}:
+            torch.cuda.synchronize(device)  # enqueued steps would write after us
         net.load_state_dict(before)
         raise
 

@@ -1,9 +1,7 @@
 """The figures of findings.ipynb, and those in img/ but for the grids of mistakes, which s8.ipynb draws.
 
-    python -m experiments.figures    redraw accuracy, rate, statistics, axes, budget, scaling, chain and cubes.png,
-                                     and, with CIFAR-10 in data/, same.png and cam.png
-
-Those of rows need results/ alone. same.png and cam.png need weights/ as well: the nets of seed 0.
+    python -m experiments.figures    redraw accuracy.png, chain.png and cubes.png in img/ and, with CIFAR-10 in data/,
+                                     same.png and cam.png from weights/, the nets of seed 0
 """
 
 import itertools
@@ -17,8 +15,9 @@ import torch.nn.functional as F
 import hubconf
 import models
 import utils
-from engine.data import load_data, normalize
+from engine.data import load_data
 from engine.figures import COLORS, GRAY, save_figure
+from engine.probe import class_activation_maps
 from experiments import ROOT, tables
 from experiments.tables import ALL, NORMS, OPTIMIZERS, select
 from models import NORM_OF
@@ -316,20 +315,6 @@ def plot_same(scores, data, each=3):
                 style = {"weight": "bold" if name in names else "normal", "color": COLORS[NORM_OF[name]]}
                 beside.text(0, height, f"{answer} {100 * score.confidences[index]:.0f}%", fontsize=9, **style)
     return figure
-
-
-@torch.no_grad()
-def class_activation_maps(net, images):
-    """Compute each position's share in each logit (Zhou et al. 2016, https://arxiv.org/abs/1512.04150).
-
-    images: (N, H, W, 3) uint8. Returns (N, classes, H / 4, W / 4). c11 is linear, so it may come before GAP as well:
-    the mean of a map over its positions is the net's logit. Leaves the net in eval mode.
-    """
-    x = normalize(images)
-    for name, layer in net.eval().named_children():
-        if name != "GAP":
-            x = layer(x)
-    return x
 
 
 def plot_cam(nets, scores, data, count=6):

@@ -20,6 +20,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -35,8 +36,15 @@ from experiments import ROOT
 from experiments.sweeps import read_texts
 
 SEEDS = 10
-FOLDER = ROOT / "out" / "published"  # emptied before each run, so that it holds nothing else
-NORMS = ("batch", "layer", "group")
+FOLDER = ROOT.resolve() / "out" / "published"  # emptied before each run, so that it holds nothing else
+TABLES = {  # the columns that their checks need
+    "runs": ["study", "dataset", "net", "split", "test_accuracy", "device", "commit", "status"],  # and Settings
+    "history": ["net", "seed", *records.HISTORY],
+    "mistakes": ["net", "index", "true", "predicted", "confidence"],
+    "inside": ["net", "images", "layer", "spread"],
+}
+COPIES = [f"img/{norm}.png" for norm in ("batch", "layer", "group")] + [f"weights/{net}.pt" for net in utils.NETS]
+COPIES += [f"results/{name}.csv" for name in TABLES if name != "runs"]
 
 
 class Refused(Exception):
@@ -56,7 +64,7 @@ def naming(path):
 def prepare(path):
     """Return the folder to run into, resolved and empty. Refused for one with files, unless it is FOLDER."""
     folder = files.output_folder(path)
-    if folder == ROOT.resolve() / FOLDER.relative_to(ROOT):
+    if folder == FOLDER:
         shutil.rmtree(folder)
         files.output_folder(folder)
     elif any(one.is_file() for one in folder.rglob("*")):
@@ -74,12 +82,11 @@ def execute(folder):
 
 def read_table(path, columns):
     """Return the rows of a CSV file as texts. Refused unless it is whole and has these columns and a row."""
-    if records.read_rows(path).empty:  # ValueError unless the file is whole
-        raise Refused("there is no row")
+    if records.read_rows(path).empty:  # ValueError unless it is whole
+        raise Refused("it has no row")
     table = read_texts(path)
-    for name in columns:
-        if name not in table:
-            raise Refused(f"there is no column {name!r}")
+    if missing := [name for name in columns if name not in table]:
+        raise Refused(f"it has no column {missing[0]!r}")
     return table
 
 
@@ -87,71 +94,53 @@ def check_rows(rows, commit):
     """Return the rows to publish, which name their commit; Refused unless all are there and of one clean commit."""
     rows = rows.assign(commit=rows["commit"].where(rows["commit"] != "unknown", commit or "unknown"))
     for net in dict.fromkeys((*utils.NETS, *rows["net"])):
+        seeds = sorted(map(int, rows["seed"][rows["net"] == net]))
         if net not in utils.NETS:
             raise Refused(f"a row has net {net!r}; {', '.join(utils.NETS)} are published")
-        seeds = sorted(map(int, rows["seed"][rows["net"] == net]))
         if seeds != list(range(SEEDS)):
             raise Refused(f"{net} has the seeds {seeds}; 0 to {SEEDS - 1} are published")
-    wanted = {
-        "study": "main",
-        "dataset": "CIFAR-10",
-        "split": "test",
-        "status": "done",
-        "epochs": str(utils.MAX_EPOCHS),
-    }
+    wanted = {"study": "main", "split": "test", "status": "done", "epochs": str(utils.MAX_EPOCHS)}
     for net, own in rows.groupby("net"):
         settings = asdict(utils.Settings(learning_rate=utils.LEARNING_RATES[net]))
-        settings = {name: value for name, value in settings.items() if name not in ("seed", "epochs")}
-        for column, value in (wanted | settings).items():
-            found = own[column] if isinstance(value, str) else pd.to_numeric(own[column], errors="coerce")
-            for text in own[column][found != value]:
-                raise Refused(f"a row of {net} has {column} {text!r}; {value!r} is published")
-    for text in rows["test_accuracy"][~pd.to_numeric(rows["test_accuracy"], errors="coerce").between(0, 100)]:
-        raise Refused(f"a row has test_accuracy {text!r}; a number from 0 to 100 is published")
-    for text in rows["device"]:
-        if not text or text.startswith("cpu"):
-            raise Refused(f"a row has device {text!r}; runs on a GPU are published")
+        settings = {name: str(value) for name, value in settings.items() if name not in ("seed", "epochs")}
+        for column, value in (wanted | settings | {"dataset": "CIFAR-10"}).items():
+            for found in set(own[column]) - {value}:
+                raise Refused(f"a row of {net} has {column} {found!r}; {value!r} is published")
+    for found in rows["test_accuracy"][~pd.to_numeric(rows["test_accuracy"], errors="coerce").between(0, 100)]:
+        raise Refused(f"a row has test_accuracy {found!r}; a number from 0 to 100 is published")
+    for found in rows["device"][rows["device"].str.match("cpu|$")]:
+        raise Refused(f"a row has device {found!r}; runs on a GPU are published")
     commits = set(rows["commit"])
     if len(commits) > 1 or not all(re.fullmatch("[0-9a-f]{7,40}", one) for one in commits):
         raise Refused(f"the rows name the commit {', '.join(sorted(commits))}; one clean commit is published")
     return rows
 
 
-def check_history(history):
-    """Refused unless each net and seed has the epochs 1 to 20, and there are no others."""
-    wanted = {
-        (net, str(seed)): [str(epoch) for epoch in range(1, utils.MAX_EPOCHS + 1)]
-        for net in utils.NETS
-        for seed in range(SEEDS)
-    }
-    found = history.groupby(["net", "seed"], sort=False)["epoch"].agg(list).to_dict()
-    for net, seed in wanted | found:
-        if (epochs := found.get((net, seed), [])) != wanted.get((net, seed)):
-            raise Refused(f"{net}, seed {seed} has the epochs {' '.join(epochs)}; 1 to 20 of each run are published")
-
-
-def check_mistakes(mistakes, rows):
-    """Refused unless each net has as many as the test accuracy of its seed 0 says, of 10,000 images."""
-    first = rows[rows["seed"].astype(int) == 0].set_index("net")["test_accuracy"].astype(float)
-    for net in dict.fromkeys((*utils.NETS, *mistakes["net"])):
-        found, wanted = (mistakes["net"] == net).sum(), round(100 * (100 - first.get(net, 100)))
-        if found != wanted:
-            raise Refused(f"{net} has {found} mistakes; the test accuracy of its seed 0 says {wanted}")
-
-
-def check_files(folder):
-    """Refused unless the grids are PNG files and the weights load into their nets."""
-    for norm in NORMS:
-        with naming(folder / "img" / f"{norm}.png") as path, Image.open(path, formats=["PNG"]) as image:
-            image.verify()
-    for net in utils.NETS:
-        with naming(folder / "weights" / f"{net}.pt") as path:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-            getattr(models, net)().load_state_dict(weights, strict=True)
+def check_file(path, rows):
+    """Refused unless a picture is whole, weights load into their net, or a table has what `rows` ask for."""
+    if path.suffix == ".png":
+        with Image.open(path, formats=["PNG"]) as image:
+            return image.verify()
+    if path.suffix == ".pt":
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        return getattr(models, path.stem)().load_state_dict(weights, strict=True)
+    table = read_table(path, TABLES[path.stem])
+    if path.stem == "history":
+        found = list(zip(table["net"], table["seed"], table["epoch"], strict=True))
+        runs = list(zip(rows["net"], rows["seed"], strict=True))
+        wanted = [(*run, str(epoch)) for run in runs for epoch in range(1, utils.MAX_EPOCHS + 1)]
+        for net, seed, epoch in sorted((Counter(found) - Counter(wanted)) | (Counter(wanted) - Counter(found))):
+            raise Refused(f"{net}, seed {seed}, epoch {epoch} is missing, there twice or not published")
+    if path.stem == "mistakes":
+        accuracies = rows[rows["seed"] == "0"].set_index("net")["test_accuracy"].astype(float)
+        for net in dict.fromkeys((*utils.NETS, *table["net"])):
+            found, wanted = (table["net"] == net).sum(), round(100 * (100 - accuracies.get(net, 100)))
+            if found != wanted:
+                raise Refused(f"{net} has {found} mistakes; its seed 0's accuracy on 10,000 images says {wanted}")
 
 
 def committed(root):
-    """Return the notebook s8.ipynb of the checkout's last commit; of the file, where there is no git."""
+    """Return s8.ipynb as the checkout's last commit has it; where there is no git, as it is."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # of a hook
     command = ["git", "-C", root, "show", "HEAD:./s8.ipynb"]
     try:
@@ -162,33 +151,25 @@ def committed(root):
 
 
 def check_source(notebook, original):
-    """Refused unless a notebook that papermill executed is the original, with the published parameters."""
+    """Refused unless `notebook` is what papermill makes of the original with the published parameters."""
     injected = [cell for cell in notebook.cells if "injected-parameters" in cell.metadata.get("tags", [])]
-    if len(injected) != 1:
-        raise Refused(f"{len(injected)} cells hold papermill's parameters; one is published")
-    try:
-        lines = ast.parse(injected[0].source).body
-        found = {target.id: ast.literal_eval(line.value) for line in lines for target in line.targets}
-    except (SyntaxError, AttributeError, TypeError, ValueError):
-        raise Refused("papermill's parameters are no plain values") from None
-    wanted = {"seeds": SEEDS, "source": "cifar10", "epochs": found.get("epochs") and utils.MAX_EPOCHS}
-    for name in (wanted | found).keys() - {"folder"}:
-        if found.get(name) != wanted.get(name):
-            raise Refused(f"papermill set {name} to {found.get(name)!r}; {wanted.get(name)!r} is published")
-    cells = [
-        [(cell.cell_type, cell.source) for cell in one.cells if cell not in injected] for one in (notebook, original)
-    ]
-    for number, (cell, own) in enumerate(itertools.zip_longest(*cells)):
-        if cell != own:
+    lines = [line for cell in injected for line in ast.parse(cell.source).body]
+    found = {target.id: ast.literal_eval(line.value) for line in lines for target in line.targets}  # plain values
+    found.pop("folder", None)
+    wanted = {"seeds": SEEDS, "source": "cifar10"}
+    if found not in (wanted, wanted | {"epochs": None}, wanted | {"epochs": utils.MAX_EPOCHS}):
+        raise Refused(f"papermill set {found}; {wanted} is published")
+    both = ([(cell.cell_type, cell.source) for cell in of.cells if cell not in injected] for of in (notebook, original))
+    for number, (ran, wanted) in enumerate(itertools.zip_longest(*both)):
+        if ran != wanted:
             raise Refused(f"cell {number} is not that of the committed s8.ipynb")
 
 
 def check_notebook(notebook):
     """Return the executed notebook to publish, without papermill's marks; Refused if a cell failed or did not run."""
     notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
-    for name in ("kernelspec", "language_info"):
-        if name not in notebook.metadata:
-            raise Refused(f"its metadata has no {name}")
+    if not {"kernelspec", "language_info"} <= notebook.metadata.keys():
+        raise Refused("its metadata has no kernelspec or no language_info")
     notebook.metadata = {name: notebook.metadata[name] for name in ("kernelspec", "language_info")}
     count = 0
     for number, cell in enumerate(notebook.cells):
@@ -237,37 +218,27 @@ def join_streams(outputs):
 def publish(folder, commit=None, root=ROOT):
     """Check what a run left in `folder`, then copy it to the checkout `root`; nothing is copied unless all is right."""
     folder = folder.resolve()
-    copies = [Path("img") / f"{norm}.png" for norm in NORMS]
-    copies += [Path("weights") / f"{net}.pt" for net in utils.NETS]
-    copies += [Path("results") / f"{name}.csv" for name in ("history", "mistakes", "inside")]
-    notebook, table = Path("s8.ipynb"), Path("results") / "runs.csv"
-    for file in (*copies, notebook, table):
+    notebook, table = "s8.ipynb", "results/runs.csv"
+    for file in (*COPIES, notebook, table):
         if not (folder / file).is_file():
             raise Refused(f"{folder / file} is not there")
         if (folder / file).resolve() != folder / file:
-            raise Refused(f"{folder / file} is a symbolic link, or within one")
+            raise Refused(f"{folder / file} is a symbolic link, or in one")
     with naming(folder / table) as path:
-        columns = ("study", "dataset", "net", "split", "test_accuracy", "device", "commit", "status")
-        rows = check_rows(read_table(path, (*columns, *asdict(utils.Settings()))), commit)
-    with naming(folder / "results" / "history.csv") as path:
-        check_history(read_table(path, ("net", "seed", *utils.HISTORY)))
-    with naming(folder / "results" / "mistakes.csv") as path:
-        check_mistakes(read_table(path, ("net", "index", "true", "predicted", "confidence")), rows)
-    with naming(folder / "results" / "inside.csv") as path:
-        read_table(path, ("net", "images", "layer", "spread"))
-    check_files(folder)
+        rows = check_rows(read_table(path, [*TABLES["runs"], *asdict(utils.Settings())]), commit)
+    for file in COPIES:
+        with naming(folder / file) as path:
+            check_file(path, rows)
     with naming(root / notebook):
         original = committed(root)
     with naming(folder / notebook) as path:
         executed = nbformat.read(path, as_version=4)
         check_source(executed, original)
         content = f"{nbformat.writes(check_notebook(executed))}\n".encode()
-    with naming(root / table) as path:
-        records.read_rows(path)
-    with contextlib.ExitStack() as stack:  # the files move into place together, on leaving
-        for file in (*copies, notebook):
+    with contextlib.ExitStack() as targets:  # which are replaced on leaving, unless writing one failed
+        for file in (*COPIES, notebook):
             with naming(root / file) as path:
-                _, temporary = stack.enter_context(files.replacement(path))
+                _, temporary = targets.enter_context(files.replacement(path))
                 temporary.write_bytes(content if file == notebook else (folder / file).read_bytes())
         with naming(root / table) as path:
             records.upsert(path, rows, key=["study", "net", "seed"])  # in place of all that was published before

@@ -269,9 +269,13 @@ def best_decays(rows):
     return list(accuracy.groupby(SETTING[:-1]).idxmax())
 
 
-def best_settings(rows):
-    """List the SETTING of each optimizer and net with the best mean over three seeds, of which none diverged."""
+def rate_runs(rows):
+    """Return the runs of the studies of rates at `best_decays`, where all three seeds are there."""
     chosen = pd.DataFrame(best_decays(rows), columns=SETTING)
     runs = rows[rows["study"].isin(("rate", "rate-seeds"))].merge(chosen, on=SETTING)
-    runs = runs.groupby(SETTING).filter(lambda seeds: len(seeds) == 3)
-    return list(validation_means(runs, SETTING).dropna().groupby(SETTING[:2]).idxmax())
+    return runs.groupby(SETTING).filter(lambda seeds: len(seeds) == 3)
+
+
+def best_settings(rows):
+    """List the SETTING of each optimizer and net with the best mean over three seeds, of which none diverged."""
+    return list(validation_means(rate_runs(rows), SETTING).dropna().groupby(SETTING[:2]).idxmax())

@@ -15,7 +15,7 @@ import pandas as pd
 from scipy import stats
 
 from experiments import ROOT
-from experiments.sweeps import SETTING, best_decays, best_settings, validation_means
+from experiments.sweeps import RECIPE, SETTING, best_settings, rate_runs, validation_means
 
 RESULTS = ROOT / "results"
 NORMS = ("batch", "layer", "group")
@@ -41,7 +41,7 @@ def claim(text, condition):
 # Numbers as text
 # ---------------------------------------------------------------------------------------------------------------------
 
-DIGITS = {"std": 2, "correlation": 2, "seconds per run": 1, "minutes": 0}  # of some columns, whatever `show` is told
+DIGITS = {"std": 2, "correlation": 2, "seconds per run": 1, "minutes": 0, "times faster, from": 1, "to": 1}  # of some columns, whatever `show` is told
 
 
 def decimal_round(value, digits):
@@ -96,7 +96,7 @@ def number_text(name, value, digits):
         return "-"
     if str(name).startswith("p,"):
         return "< 0.001" if value < 0.001 else f"{decimal_round(value, 3)}"
-    if name in ("learning rate", "weight decay"):
+    if name in ("learning rate", "weight decay", "momentum", "label smoothing", "warmup"):
         return f"{value:g}"
     return f"{value:,}" if isinstance(value, int | np.integer) else f"{decimal_round(value, digits):,}"
 
@@ -240,16 +240,45 @@ def correlations(rows):
     return table.set_index(["runs", "norms"])
 
 
-def tuned(rows, setting="learning_rate", augment="none", by="norm"):
-    """Mean validation accuracy of each norm (or `by` net) at each value of a setting, in the study tune."""
+def tuned(rows, setting="learning_rate", augment="none"):
+    """Mean validation accuracy of each norm at each value of a setting, in the study tune."""
     runs = select(rows, study="tune", augment=augment)
-    table = runs.pivot_table(index=by, columns=setting, values="validation_accuracy")
-    return table.reindex(NORMS) if by == "norm" else table
+    return runs.pivot_table(index="norm", columns=setting, values="validation_accuracy").reindex(NORMS)
 
 
-def best_rates(rows):
-    """The learning rate of each net with the highest mean accuracy on the validation split."""
-    return tuned(rows, by="net").idxmax(axis=1).to_dict()
+def fused_step(rows):
+    """Test accuracy by the fused step minus that by PyTorch's kernels, in the published runs of each norm.
+
+    The last line is the mean of the lines above, each a stratum of its own.
+    """
+    pairs = {}
+    for study, title in STUDIES.items():
+        fused = select(rows, study=study)
+        augment = fused["augment"].iloc[0]
+        of, captured = samples(fused), samples(select(rows, study="captured", augment=augment))
+        pairs |= {(title, norm): (of[norm], captured[norm]) for norm in NORMS}
+    weights = [sign / len(pairs) for _ in pairs for sign in (1, -1)]
+    found = {name: contrast(*pair) for name, pair in pairs.items()}
+    found["all", "mean"] = contrast(*itertools.chain(*pairs.values()), weights=weights)
+    lines = [
+        {"runs": title, "norm": norm} | columns_of(one, "fused minus captured") for (title, norm), one in found.items()
+    ]
+    return pd.DataFrame(lines).set_index(["runs", "norm"])
+
+
+def best_recipes(rows):
+    """Each net's best random recipe, by the mean of three new seeds on held-out images, and how many overflowed."""
+    runs, first = select(rows, study="search-seeds"), select(rows, study="search")
+    lines = []
+    for norm in ALL:
+        means = select(runs, norm=norm).groupby(RECIPE)["validation_accuracy"].agg(["mean", "std", "count"])
+        best = means["mean"].idxmax()
+        recipe = {name.replace("_", " "): value for name, value in zip(RECIPE, best, strict=True) if name != "crop"}
+        own = select(first, norm=norm)
+        line = {"norm": norm} | recipe | {"validation": means["mean"][best], "std": means["std"][best]}
+        overflow = f"{(own['status'] == 'diverged').sum()} of {len(own)}"
+        lines.append(line | {"n": means["count"][best], "overflow": overflow})
+    return pd.DataFrame(lines).set_index("norm")
 
 
 def cost(rows):
@@ -263,22 +292,15 @@ def cost(rows):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def rate_runs(rows):
-    """The runs of the studies of rates at `best_decays`, where all three seeds are there."""
-    chosen = pd.DataFrame(best_decays(rows), columns=SETTING)
-    runs = rows[rows["study"].isin(("rate", "rate-seeds"))].merge(chosen, on=SETTING)
-    return runs.groupby(SETTING).filter(lambda own: len(own) == 3)
-
-
 def by_rate(runs):
     """Mean validation accuracy at each learning rate, of runs of one optimizer and net."""
     return validation_means(runs, ["learning_rate"])
 
 
-def optimizer_runs(rows, study="optimizer"):
-    """The runs of a study at `best_settings`, of each optimizer and net that has ten seeds there."""
+def optimizer_runs(rows):
+    """The runs of the study optimizer at `best_settings`, of each optimizer and net that has ten seeds there."""
     chosen = pd.DataFrame(best_settings(rows), columns=SETTING)
-    return rows[rows["study"] == study].merge(chosen, on=SETTING).groupby(SETTING).filter(lambda own: len(own) == 10)
+    return select(rows, study="optimizer").merge(chosen, on=SETTING).groupby(SETTING).filter(lambda own: len(own) == 10)
 
 
 def optimizers(rows):

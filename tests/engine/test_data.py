@@ -771,8 +771,47 @@ def test_bytes_without_end_do_not_fill_the_disk(serve, tmp_path):
     assert 180 < len(sent) < 300  # an archive has 170
 
 
-def test_the_timeout_is_seconds():
+def drip(content, left=()):
+    """Answer with `left`, then with `content`, a byte each twentieth of a second."""
+
+    def answer(connection):
+        connection.sendall(bytes(left))
+        for byte in content:
+            connection.sendall(bytes([byte]))
+            time.sleep(0.05)
+
+    return answer
+
+
+@pytest.mark.parametrize("left", [b"", http(b"", length=10**6)], ids=["its headers", "its content"])
+def test_a_server_that_drips_is_given_up(serve, tmp_path, monkeypatch, left):
+    monkeypatch.setattr(download, "PATIENCE", 0.4)
+    monkeypatch.setattr(download, "LEAST", 1000)
+    server, started = serve(drip(b"HTTP/1.1 200 OK\r\n" + b"x" * 200, left)), time.monotonic()
+    with pytest.raises(OSError, match=rf"^{server.url}/a sends less than 1,000 bytes in 0\.4 seconds$"):
+        download.download(f"{server.url}/a", tmp_path / "a", "sha256", "0")
+    assert time.monotonic() - started < 3
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_server_that_is_slow_and_sends_enough_is_not_given_up(serve, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "PATIENCE", 0.4)
+    content = os.urandom(2_000_000)
+
+    def answer(connection):
+        connection.sendall(http(content[:400_000], length=len(content)))
+        for start in range(400_000, len(content), 400_000):
+            time.sleep(0.3)
+            connection.sendall(content[start : start + 400_000])
+
+    server = serve(answer)
+    download.download(f"{server.url}/a", tmp_path / "a", "sha256", hashlib.sha256(content).hexdigest())
+    assert (tmp_path / "a").read_bytes() == content
+
+
+def test_the_timeouts_are_seconds():
     assert 1 <= download.TIMEOUT <= 10
+    assert (download.PATIENCE, download.LEAST) == (30, 300_000)
 
 
 @pytest.fixture

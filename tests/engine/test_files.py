@@ -415,6 +415,26 @@ def test_reading_does_not_wait_and_takes_files_alone(tmp_path):
         refused(lambda place=place: files.read_bytes(place), OSError, place)
 
 
+@pytest.mark.parametrize("path", [True, 0, 1, 2.5, None, b"a"])
+def test_what_is_no_path_is_refused_and_no_descriptor_is_closed(path):
+    before = [os.fstat(number).st_ino for number in (0, 1, 2)]
+    for call in (files.read_bytes, save, files.check_writable):
+        refused(lambda call=call: call(path), TypeError, f"path is {path!r}; give a str or a Path")
+    assert [os.fstat(number).st_ino for number in (0, 1, 2)] == before
+
+
+def test_a_null_byte_is_named():
+    for call in (files.read_bytes, save, files.check_writable):
+        refused(lambda call=call: call("a\0b"), ValueError, r"path is 'a\x00b', with a null byte")
+
+
+def test_equal_tensors_are_saved_as_equal_bytes(tmp_path):
+    for name in ("a.pt", "b.pt"):
+        files.save_tensors(tmp_path / name, {"weight": torch.arange(4.0), "bias": torch.ones(2)})
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
+    assert torch.load(tmp_path / "a.pt", weights_only=True)["weight"].tolist() == [0, 1, 2, 3]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Folders for output
 # ---------------------------------------------------------------------------------------------------------------------
@@ -456,6 +476,11 @@ def test_nothing_goes_into_a_git_folder(checkout, monkeypatch, way):
     before = snapshot(checkout)
     refused(lambda: files.output_folder(way), ValueError, repr(way), "choose another")
     assert snapshot(checkout) == before
+
+
+@pytest.mark.parametrize(("way", "named"), [(5, "5"), (None, "None"), (b"out", "b'out'"), ("a\0b", r"'a\x00b'")])
+def test_what_is_no_path_is_no_output_folder(way, named):
+    refused(lambda: files.output_folder(way), ValueError, f"path is {named}", "can't be the output folder", "choose")
 
 
 @pytest.mark.parametrize("way", ["/", "//", "~", "~/", "..", "../..", "../../other/.."])

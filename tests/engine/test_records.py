@@ -12,11 +12,13 @@ import random
 import signal
 import struct
 import subprocess
+import sys
 import tempfile
 import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -148,7 +150,7 @@ def test_whole_numbers_are_one_key_however_they_are_written(path):
         b"study,net,seed\n<<<<<<< HEAD\nmain,NetA,0\n",
     ],
 )
-@pytest.mark.parametrize("call", [lambda path: records.upsert(path, [ROW]), records.read_rows])
+@pytest.mark.parametrize("call", [lambda path: records.upsert(path, [ROW]), records.read_rows, records.check_writable])
 def test_a_file_that_is_no_whole_table_is_refused_and_kept(tmp_path, content, call):
     path = tmp_path / "runs.csv"
     path.write_bytes(content)
@@ -214,6 +216,43 @@ def test_rows_are_written_through_links_and_not_into_what_is_read_only(path, tmp
     for name in ("link.csv", "runs.csv"):
         refused(lambda name=name: records.upsert(tmp_path / name, [ROW]), OSError, tmp_path / name, "read-only")
     assert len(rows_of(path)) == 3
+
+
+def test_rows_are_read_as_texts_where_that_is_asked_for(path):
+    path.write_text("net,seed,accuracy,note\nNetA,007,70.50,\nNetB,1,nan,None\n")
+    found = records.read_rows(path, texts=True)
+    assert found.to_numpy().tolist() == [["NetA", "007", "70.50", ""], ["NetB", "1", "nan", "None"]]
+    assert list(found.columns) == ["net", "seed", "accuracy", "note"]
+    absent = records.read_rows(path.parent / "absent.csv", texts=True)
+    assert (list(absent.columns), len(absent)) == (["study", "net", "split"], 0)
+
+
+def test_a_table_that_can_be_written_is_left_as_it_is(path, tmp_path):
+    (tmp_path / "link.csv").symlink_to("runs.csv")
+    before = {place: place.lstat() for place in tmp_path.rglob("*")}
+    for name in ("runs.csv", "link.csv", "new.csv", "new/folder/runs.csv"):
+        records.check_writable(tmp_path / name)
+    assert {place: place.lstat() for place in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("problem", ["read-only", "closed folder", "folder", "in a file", "lock"])
+def test_a_table_that_cannot_be_written_is_refused_before_there_are_rows(path, tmp_path, problem):
+    place = {"closed folder": tmp_path / "closed" / "new" / "runs.csv", "in a file": path / "runs.csv"}.get(
+        problem, path
+    )
+    if problem == "read-only":
+        path.chmod(0o444)
+    if problem == "closed folder":
+        (tmp_path / "closed").mkdir(mode=0o555)
+    if problem == "folder":
+        path.unlink()
+        path.mkdir()
+    if problem == "lock":
+        (tmp_path / ".runs.csv.lock").touch(mode=0o444)
+    names = sorted(tmp_path.rglob("*"))
+    for call in (lambda: records.check_writable(place), lambda: records.upsert(place, [ROW])):
+        refused(call, OSError, f"{place} can't be written: ")
+        assert sorted(tmp_path.rglob("*")) == names
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
@@ -445,6 +484,171 @@ def test_modules_of_one_name_that_compute_something_else_are_told_apart():
     assert len({one["training code"] for one in prints}) == 4
 
 
+class Block(nn.Module):
+    """An activation of which the tests below alter one thing."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor, self.shape, self.kept = 2.0, (1, 2), None
+        self.register_buffer("scale", torch.ones(3), persistent=False)
+
+    def curve(self, x, power=1):
+        return x**power
+
+    def forward(self, x):
+        self.kept = x.detach()
+        return self.curve(x)[:, :] * (1 if "a" in {"a", "b", "c"} else 0)
+
+
+def fingerprint_of(block):
+    net = utils.build("NetA", SETTINGS)
+    net.C1.activation = block
+    return records.fingerprint(net, DATA, SETTINGS, True)
+
+
+def subclass(**members):
+    return type("Block", (Block,), members)()
+
+
+def with_attribute(name, value):
+    block = Block()
+    setattr(block, name, value)
+    return block
+
+
+def scaled(factor):
+    return lambda self, x: factor * x
+
+
+def decorated(forward):
+    @functools.wraps(forward)
+    def call(self, x):
+        return forward(self, x)
+
+    return call
+
+
+def hooked(register):
+    block = Block()
+    getattr(block, register)(lambda *arguments: None)
+    return block
+
+
+def with_buffer(value):
+    block = Block()
+    block.scale.fill_(value)
+    return block
+
+
+SEEN = {  # pairs of blocks, with the same weights and repr, that compute something else
+    "a constant tuple": [
+        subclass(forward=lambda self, x: x.permute((0, 1, 2, 3))),
+        subclass(forward=lambda self, x: x.permute((0, 1, 3, 2))),
+    ],
+    "an index": [subclass(forward=lambda self, x: x[..., None]), subclass(forward=lambda self, x: x[None, None])],
+    "nested code": [
+        subclass(forward=lambda self, x: max(2 * y for y in x)),
+        subclass(forward=lambda self, x: max(3 * y for y in x)),
+    ],
+    "a default": [subclass(curve=lambda self, x, power=1: x), subclass(curve=lambda self, x, power=2: x)],
+    "a default of a keyword": [subclass(curve=lambda self, *, p=1: p), subclass(curve=lambda self, *, p=2: p)],
+    "another method": [subclass(curve=lambda self, x: 2 * x), subclass(curve=lambda self, x: 3 * x)],
+    "a static method": [subclass(curve=staticmethod(lambda x: 2 * x)), subclass(curve=staticmethod(lambda x: 3 * x))],
+    "a property": [subclass(curve=property(lambda self: 2)), subclass(curve=property(lambda self: 3))],
+    "a decorated method": [
+        subclass(curve=decorated(lambda self, x: 2 * x)),
+        subclass(curve=decorated(lambda self, x: 3 * x)),
+    ],
+    "a closure": [subclass(curve=scaled(2)), subclass(curve=scaled(3))],
+    "an attribute of the class": [subclass(power=2), subclass(power=3)],
+    "a class between": [subclass(), type("Block", (type(subclass(curve=lambda self, x: x)),), {})()],
+    "a number": [Block(), with_attribute("factor", 3.0)],
+    "a text": [with_attribute("mode", "a"), with_attribute("mode", "b")],
+    "a switch": [with_attribute("mode", True), with_attribute("mode", 1)],
+    "a number type": [with_attribute("mode", torch.float16), with_attribute("mode", torch.float32)],
+    "a tuple": [Block(), with_attribute("shape", (1, 3))],
+    "a function": [with_attribute("curve", torch.relu), with_attribute("curve", torch.sigmoid)],
+    "a forward of its own": [with_attribute("forward", lambda x: 2 * x), with_attribute("forward", lambda x: 3 * x)],
+    "a buffer that is not saved": [Block(), with_buffer(2.0)],
+    "a forward hook": [Block(), hooked("register_forward_hook")],
+    "a hook before it": [Block(), hooked("register_forward_pre_hook")],
+    "a backward hook": [Block(), hooked("register_full_backward_hook")],
+}
+
+
+@pytest.mark.parametrize("difference", SEEN)
+def test_blocks_that_compute_something_else_are_told_apart(difference):
+    first, second = SEEN[difference]
+    assert repr(first) == repr(second)
+    assert fingerprint_of(first) != fingerprint_of(second)
+
+
+def test_neither_training_nor_building_again_changes_a_fingerprint():
+    net = altered_net("NetA", lambda block: block.set_submodule("activation", Block()))
+    before = records.fingerprint(net, DATA, SETTINGS, True)
+    again = altered_net("NetA", lambda block: block.set_submodule("activation", Block()))
+    assert records.fingerprint(again.eval(), DATA, SETTINGS, True) == before
+    trained(net=net)
+    after = records.fingerprint(net, DATA, SETTINGS, True)
+    assert {name for name in before if before[name] != after[name]} == {"initial weights"}
+
+
+def test_a_finished_run_of_a_custom_net_is_resumed_by_its_own_net(tmp_path):
+    net = altered_net("NetA", lambda block: block.set_submodule("activation", Block()))
+    _, history = trained(tmp_path / "run.pt", net)
+    assert trained(tmp_path / "run.pt", net)[1] == history
+
+
+def test_a_fingerprint_is_the_same_in_each_process():
+    """Whatever the order of sets and the addresses of objects."""
+    code = """
+import torch, utils
+from engine import records
+from test_records import DATA, SETTINGS, Block, decorated
+block = type("Block", (Block,), {"extra_repr": lambda self: str(max), "curve": decorated(lambda s, x: x)})()
+block.curves = (max, lambda x: x in {"one", "two", "three", "four"}, torch.relu)
+block.extra_repr = lambda: repr(block.curves)
+net = utils.build("NetA", SETTINGS)
+net.C1.activation = block
+print(records.fingerprint(net, DATA, SETTINGS, True))
+"""
+    printed = set()
+    for seed in ("1", "2"):
+        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'engine'}"}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        printed.add(done.stdout)
+    assert len(printed) == 1
+
+
+def test_a_changed_forward_of_a_torch_module_is_seen(monkeypatch):
+    before = fingerprint_of(nn.SiLU())
+    monkeypatch.setattr(nn.SiLU, "forward", lambda self, x: x.relu())
+    assert fingerprint_of(nn.SiLU()) != before
+
+
+def test_a_function_that_calls_itself_has_a_fingerprint():
+    def curve(x):
+        return curve(x - 1) if x else x
+
+    assert fingerprint_of(with_attribute("curve", curve)) != fingerprint_of(with_attribute("curve", scaled(1)))
+
+
+@pytest.mark.parametrize("length", [10, 100, 1000])
+def test_the_message_shows_where_two_long_texts_differ(tmp_path, monkeypatch, length):
+    path, texts = tmp_path / "run.pt", [f"{'x' * length} {word} {'y' * length}" for word in ("first", "second")]
+    monkeypatch.setattr(records, "device_name", lambda device: texts[0])
+    trained(path)
+    monkeypatch.setattr(records, "device_name", lambda device: texts[1])
+    refused(lambda: trained(path), ValueError, "x first y", "x second y", ";")
+
+
+@pytest.mark.parametrize("path", [True, 1, 2.5, b"run.pt"])
+def test_a_checkpoint_that_is_no_path_is_refused(path):
+    net = utils.build("NetA", SETTINGS)
+    refused(lambda: trained(path, net), TypeError, f"path is {path!r}; give a str or a Path")
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -630,6 +834,17 @@ def test_restored_on_error():
     with records.restored_on_error(net):
         kaiming(net)
     assert not same(net.state_dict(), before)
+
+
+def test_what_the_nets_own_gpu_still_computes_is_waited_for(monkeypatch):
+    """Not the current GPU's: a net on another one is restored under steps that still write."""
+    calls, device = [], torch.device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: calls.append(device))
+    value = SimpleNamespace(clone=lambda: None, device=device, is_cuda=True)
+    net = SimpleNamespace(state_dict=lambda: {"w": value}, load_state_dict=lambda before: calls.append("restored"))
+    with pytest.raises(KeyboardInterrupt), records.restored_on_error(net):
+        raise KeyboardInterrupt
+    assert calls == [device, "restored"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,17 +3,23 @@
 import base64
 import contextlib
 import io
+import os
 import shutil
 import subprocess
+from dataclasses import asdict
+from pathlib import Path
 
 import nbformat
 import numpy as np
 import papermill
 import pytest
+import torch
 from conftest import ROOT
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
+import models
+import utils
 from engine import records
 from experiments import publish
 from experiments.publish import Refused, check_notebook
@@ -23,6 +29,7 @@ FILES = [f"img/{norm}.png" for norm in ("batch", "layer", "group")]
 FILES += [f"weights/{net}.pt" for net in ("NetA", "NetB", "NetC")]
 FILES += [f"results/{name}.csv" for name in ("history", "mistakes", "inside")]
 COMMIT = "1a2b3c4"
+PARAMETERS = {"seeds": 10, "source": "cifar10"}
 
 
 def executed(*cells):
@@ -41,7 +48,7 @@ def run_by_papermill(tmp_path_factory):
         nbformat.write(executed(*cells), folder / "in.ipynb")
         options = {"kernel_name": "python3", "progress_bar": False}
         with contextlib.suppress(papermill.PapermillExecutionError):
-            papermill.execute_notebook(str(folder / "in.ipynb"), str(folder / "out.ipynb"), {"seeds": 10}, **options)
+            papermill.execute_notebook(str(folder / "in.ipynb"), str(folder / "out.ipynb"), PARAMETERS, **options)
         return nbformat.read(folder / "out.ipynb", as_version=4)
 
     return execute
@@ -53,6 +60,19 @@ def notebook(run_by_papermill):
     return run_by_papermill(bar, "seeds")
 
 
+def write(folder, table, *lines):
+    """Write a table as another system may: what is copied keeps its line ends."""
+    (folder / "results" / f"{table}.csv").write_bytes("".join(f"{line}\r\n" for line in lines).encode())
+
+
+def put(folder, root, notebook):
+    """Put an executed notebook into the folder of a run, and what it was executed from into the checkout."""
+    nbformat.write(notebook, folder / "s8.ipynb")
+    original = nbformat.from_dict(notebook)
+    original.cells = [cell for cell in original.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+    nbformat.write(original, root / "s8.ipynb")
+
+
 @pytest.fixture
 def finished(tmp_path, notebook):
     """A folder as a run of ten seeds leaves it, and a checkout to publish it to."""
@@ -60,14 +80,23 @@ def finished(tmp_path, notebook):
     for place in (folder, root):
         for name in ("img", "weights", "results"):
             (place / name).mkdir(parents=True)
-    for number, file in enumerate(FILES):
-        (folder / file).write_bytes(b"new\r\n 0.1234567890123456789 \0" + bytes([number]))
-    nbformat.write(notebook, folder / "s8.ipynb")
+    for norm in ("batch", "layer", "group"):
+        Image.new("RGB", (8, 8)).save(folder / "img" / f"{norm}.png")
+    for net in utils.NETS:
+        torch.save(getattr(models, net)().state_dict(), folder / "weights" / f"{net}.pt")
+    epochs = [f"{net},{seed},{1 + i}" + ",0.5" * 6 for net in utils.NETS for seed in range(10) for i in range(20)]
+    write(folder, "history", ",".join(["net", "seed", *records.HISTORY]), *epochs)
+    mistakes = [f"{net},{index},cat,dog,0.1234567890123456789" for net in utils.NETS for index in range(3)]
+    write(folder, "mistakes", "net,index,true,predicted,confidence", *mistakes)
+    write(folder, "inside", "net,images,layer,spread", "NetA,2,C1,0.22986")
+    put(folder, root, notebook)
     shutil.copy(ROOT / "results" / "runs.csv", root / "results")
     rows = read_texts()
     rows = rows[(rows["study"] == "main") & rows["net"].isin(["NetA", "NetB", "NetC"])]
     assert len(rows) == 30
-    records.upsert(folder / "results" / "runs.csv", rows.assign(commit=COMMIT, test_accuracy="12.345"))
+    rows = rows.assign(**{name: str(value) for name, value in asdict(utils.Settings()).items() if name != "seed"})
+    rows = rows.assign(learning_rate=rows["net"].map(utils.LEARNING_RATES).map(str), commit=COMMIT)
+    records.upsert(folder / "results" / "runs.csv", rows.assign(test_accuracy="99.97"))
     return folder, root
 
 
@@ -109,11 +138,13 @@ def test_what_was_there_is_published(finished):
 
 def test_rows_at_other_settings_are_replaced(finished):
     folder, root = finished
-    rows = read_texts(folder / "results" / "runs.csv").assign(learning_rate="0.07", weight_decay="0.25")
-    rows.to_csv(folder / "results" / "runs.csv", index=False)
+    rows = read_texts(root / "results" / "runs.csv")
+    rows.loc[rows["study"] == "main", ["learning_rate", "weight_decay"]] = "0.07", "0.25"
+    rows.to_csv(root / "results" / "runs.csv", index=False)
     publish.publish(folder, root=root)
     published = read_texts(root / "results" / "runs.csv")
-    assert set(published["learning_rate"][published["study"] == "main"]) == {"0.07"}
+    assert (published["study"] == "main").sum() == 30
+    assert set(published["weight_decay"][published["study"] == "main"]) == {"0.5"}
 
 
 def test_nine_seeds_are_refused(finished):
@@ -132,11 +163,21 @@ def test_a_net_without_rows_is_refused(finished):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"epochs": "5"}, "a row has epochs '5'; '20' is published"),
-        ({"study": "short", "epochs": "5"}, "a row has study 'short'; 'main' is published"),
-        ({"study": "synthetic"}, "a row has study 'synthetic'; 'main' is published"),
-        ({"split": "validation"}, "a row has split 'validation'; 'test' is published"),
-        ({"status": "diverged"}, "a row has status 'diverged'; 'done' is published"),
+        ({"epochs": "5"}, "a row of NetC has epochs '5'; '20' is published"),
+        ({"study": "short", "epochs": "5"}, "a row of NetC has study 'short'; 'main' is published"),
+        ({"study": "synthetic"}, "a row of NetC has study 'synthetic'; 'main' is published"),
+        ({"split": "validation"}, "a row of NetC has split 'validation'; 'test' is published"),
+        ({"status": "diverged"}, "a row of NetC has status 'diverged'; 'done' is published"),
+        ({"dataset": "CIFAR-100"}, "a row of NetC has dataset 'CIFAR-100'; 'CIFAR-10' is published"),
+        ({"net": "Net"}, r"NetC has the seeds \[0, 1, 2, 3, 4, 5, 6, 7, 8\]; 0 to 9 are published"),
+        ({"seed": "first"}, "runs.csv: invalid literal .*'first'"),
+        ({"device": "cpu"}, "a row has device 'cpu'; runs on a GPU are published"),
+        ({"device": "cpu Intel Xeon"}, "a row has device 'cpu Intel Xeon'; runs on a GPU are published"),
+        ({"device": ""}, "a row has device ''; runs on a GPU are published"),
+        *(
+            ({"test_accuracy": text}, f"a row has test_accuracy '{text}'; a number from 0 to 100 is published")
+            for text in ("", "nan", "inf", "-0.01", "100.01", "most")
+        ),
         ({"seed": "10"}, "has the seeds .*10.*; 0 to 9 are published"),
         ({"seed": "0"}, r"has the seeds \[0, 0, 1.*; 0 to 9 are published"),
         ({"commit": "1a2b3c4+"}, r"the rows name the commit 1a2b3c4, 1a2b3c4\+; one clean commit is published"),
@@ -147,6 +188,24 @@ def test_a_net_without_rows_is_refused(finished):
 def test_a_row_of_another_kind_is_refused(finished, values, message):
     change(finished[0], **values)
     refuse(finished, message)
+
+
+@pytest.mark.parametrize("name", [name for name in asdict(utils.Settings()) if name not in ("seed", "epochs")])
+@pytest.mark.parametrize("value", ["0.07", ""])
+def test_a_row_at_another_setting_is_refused(finished, name, value):
+    change(finished[0], **{name: value})
+    refuse(finished, f"runs.csv: a row of NetC has {name} '{value}'; '.+' is published")
+
+
+def test_each_net_has_its_own_learning_rate(finished):
+    change(finished[0], learning_rate=str(utils.LEARNING_RATES["NetA"]))
+    refuse(finished, "a row of NetC has learning_rate '0.06'; '0.03' is published")
+
+
+def test_rows_of_another_net_are_refused(finished):
+    rows = read_texts(finished[0] / "results" / "runs.csv")
+    records.upsert(finished[0] / "results" / "runs.csv", rows[rows["net"] == "NetC"].assign(net="Net"))
+    refuse(finished, "a row has net 'Net'; NetA, NetB, NetC are published")
 
 
 @pytest.mark.parametrize("commit", ["1a2b3c4+", "unknown", "", "main"])
@@ -180,6 +239,243 @@ def test_a_missing_file_is_refused(finished, file):
     refuse(finished, f"{file} is not there")
 
 
+@pytest.mark.parametrize("file", [*FILES, "s8.ipynb", "results/runs.csv"])
+def test_a_symbolic_link_is_refused(finished, file):
+    (finished[0] / file).rename(finished[0] / "elsewhere")
+    (finished[0] / file).symlink_to(finished[0] / "elsewhere")
+    refuse(finished, f"{file} is a symbolic link, or in one")
+
+
+def test_a_folder_that_is_a_symbolic_link_is_refused(finished):
+    (finished[0] / "img").rename(finished[0] / "elsewhere")
+    (finished[0] / "img").symlink_to(finished[0] / "elsewhere")
+    refuse(finished, "batch.png is a symbolic link, or in one")
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", b"GIF"])
+def test_a_grid_that_is_no_whole_png_is_refused(finished, content):
+    path = finished[0] / FILES[1]
+    if content == b"GIF":
+        Image.new("RGB", (8, 8)).save(path, "gif")
+    else:
+        path.write_bytes(content or path.read_bytes()[:-20])
+    refuse(finished, f"{FILES[1]}: ")
+
+
+def test_weights_of_another_net_are_refused(finished):
+    path = finished[0] / "weights" / "NetB.pt"
+    weights = models.NetB().state_dict()
+    torch.save(models.NetA().state_dict(), path)
+    refuse(finished, "NetB.pt: .*Unexpected key")
+    torch.save(dict(list(weights.items())[1:]), path)
+    refuse(finished, "NetB.pt: .*Missing key")
+    torch.save(models.NetB(classes=100).state_dict(), path)
+    refuse(finished, "NetB.pt: .*size mismatch")
+
+
+def test_weights_that_are_no_weights_are_refused(finished):
+    path = finished[0] / "weights" / "NetC.pt"
+    path.write_bytes(b"no weights")
+    refuse(finished, "NetC.pt: ")
+    torch.save([1, 2], path)
+    refuse(finished, "NetC.pt: ")
+    torch.save(models.NetC(), path)  # would run code
+    refuse(finished, "NetC.pt: .*[Ww]eights")
+
+
+@pytest.mark.parametrize("table", ["history", "mistakes", "inside", "runs"])
+def test_a_damaged_table_is_refused(finished, table):
+    path = finished[0] / "results" / f"{table}.csv"
+    whole = path.read_bytes()
+    header, rows = whole.split(b"\n", 1)
+    for content, message in (
+        (b"", "is empty"),
+        (whole.rstrip(), "ends within a line"),
+        (whole + b"NetA\n", r"line \d+ is not \d+ fields"),
+        (whole + b"\xff\n", "is no CSV file in UTF-8"),
+        (header + b"\n", "it has no row"),
+        (header.replace(b"net", b"web") + b"\n" + rows, "it has no column 'net'"),
+    ):
+        path.write_bytes(content)
+        refuse(finished, rf"results/{table}.csv:? {message}")
+
+
+@pytest.mark.parametrize("column", ["dataset", "warmup", "seed", "test_accuracy", "device", "commit", "status"])
+def test_rows_without_a_column_are_refused(finished, column):
+    table = finished[0] / "results" / "runs.csv"
+    read_texts(table).drop(columns=column).to_csv(table, index=False)
+    refuse(finished, f"runs.csv: it has no column '{column}'")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("NetB,3,20,", "NetB,3,21,"),
+        ("NetB,3,20,", "NetB,3,19,"),
+        ("NetB,3,20,", "NetB,10,20,"),
+        ("NetB,3,20,", "Net,3,20,"),
+        ("NetB,3,20,0.5,0.5,0.5,0.5,0.5,0.5\r\n", ""),
+        ("NetB,3,20,", "NetA,0,1,0.5,0.5,0.5,0.5,0.5,0.5\r\nNetB,3,20,"),
+    ],
+)
+def test_a_history_of_other_epochs_is_refused(finished, old, new):
+    path = finished[0] / "results" / "history.csv"
+    text = path.read_bytes().decode()
+    assert text.count(old) == 1
+    path.write_bytes(text.replace(old, new).encode())
+    refuse(finished, r"history.csv: \w+, seed \d+, epoch \d+ is missing, there twice or not published")
+
+
+@pytest.mark.parametrize(("line", "net"), [("NetB,7,cat,dog,0.5", "NetB"), ("Net,7,cat,dog,0.5", "Net")])
+def test_mistakes_of_another_number_are_refused(finished, line, net):
+    with open(finished[0] / "results" / "mistakes.csv", "a") as file:
+        print(line, file=file)
+    refuse(finished, rf"mistakes.csv: {net} has \d mistakes; its seed 0's accuracy on 10,000 images says \d")
+
+
+def test_a_net_without_mistakes_is_refused(finished):
+    path = finished[0] / "results" / "mistakes.csv"
+    path.write_bytes(b"".join(line for line in path.read_bytes().splitlines(True) if b"NetB" not in line))
+    refuse(finished, "mistakes.csv: NetB has 0 mistakes; its seed 0's accuracy on 10,000 images says 3")
+
+
+def test_mistakes_are_counted_by_the_first_seed(finished):
+    rows = read_texts(finished[0] / "results" / "runs.csv")
+    rows["test_accuracy"] = rows["test_accuracy"].where(rows["seed"] == "0", "88.8")
+    rows.to_csv(finished[0] / "results" / "runs.csv", index=False)
+    publish.publish(finished[0], root=finished[1])
+    rows.loc[(rows["net"] == "NetA") & (rows["seed"] == "0"), "test_accuracy"] = "99.98"
+    rows.to_csv(finished[0] / "results" / "runs.csv", index=False)
+    refuse(finished, "NetA has 3 mistakes; its seed 0's accuracy on 10,000 images says 2")
+
+
+@pytest.mark.parametrize("file", ["img/batch.png", "results/inside.csv", "s8.ipynb", "results/runs.csv"])
+def test_nothing_is_copied_unless_all_files_can_be_written(finished, file):
+    (finished[1] / file).touch()
+    (finished[1] / file).chmod(0o444)
+    refuse(finished, f"{finished[1] / file} can't be written: .* is read-only")
+
+
+@pytest.mark.parametrize("folder", ["img", "weights", "results"])
+def test_nothing_is_copied_unless_all_folders_can_be_written(finished, folder):
+    (finished[1] / folder).chmod(0o555)
+    try:
+        refuse(finished, f"{finished[1] / folder}/.* can't be written: {finished[1] / folder} is read-only")
+    finally:
+        (finished[1] / folder).chmod(0o755)
+
+
+def test_nothing_is_copied_over_a_folder(finished):
+    (finished[1] / FILES[-1]).mkdir()
+    refuse(finished, f"{FILES[-1]} can't be written: it is no regular file")
+
+
+def test_damaged_rows_of_the_checkout_are_refused(finished):
+    table = finished[1] / "results" / "runs.csv"
+    table.write_bytes(table.read_bytes()[:-3])
+    refuse(finished, rf"{table} ends within a line; mend or delete it")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("no JSON\nat all", "Notebook does not appear to be JSON"),
+        ("[]", ""),
+        ("{}", ""),
+        ('{"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": 3}', ""),
+    ],
+)
+@pytest.mark.parametrize("place", [0, 1])
+def test_what_is_no_notebook_is_refused(finished, content, message, place):
+    (finished[place] / "s8.ipynb").write_text(content)
+    refuse(finished, f"s8.ipynb: {message}")
+
+
+@pytest.mark.parametrize("name", ["kernelspec", "language_info"])
+def test_a_notebook_without_its_language_is_refused(finished, notebook, name):
+    notebook = nbformat.from_dict(notebook)
+    del notebook.metadata[name]
+    nbformat.write(notebook, finished[0] / "s8.ipynb")
+    refuse(finished, "s8.ipynb: its metadata has no kernelspec or no language_info")
+
+
+def inject(folder, notebook, source):
+    """Change what papermill injected."""
+    notebook = nbformat.from_dict(notebook)
+    notebook.cells[2].source = source
+    nbformat.write(notebook, folder / "s8.ipynb")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        'seeds = 3\nsource = "cifar10"',
+        'seeds = 10\nsource = "auto"',
+        'seeds = 10\nsource = "cifar10"\nepochs = 5',
+        'seeds = 10\nsource = "cifar10"\nepochs = 0',
+        'seeds = 10\nsource = "cifar10"\nutils = None',
+        "seeds = 10",
+        "",
+    ],
+)
+def test_other_parameters_are_refused(finished, notebook, source):
+    inject(finished[0], notebook, source)
+    refuse(finished, r"s8.ipynb: papermill set \{.*\}; \{'seeds': 10, 'source': 'cifar10'\} is published")
+
+
+@pytest.mark.parametrize("line", ["import os", "folder = print()", "utils.MAX_EPOCHS = 30", "seeds ="])
+def test_code_among_the_parameters_is_refused(finished, notebook, line):
+    inject(finished[0], notebook, f'seeds = 10\nsource = "cifar10"\n{line}')
+    refuse(finished, "s8.ipynb: ")
+
+
+@pytest.mark.parametrize("line", ["", "epochs = 20", "epochs = None", 'folder = "out/published"'])
+def test_the_published_parameters_may_be_named(finished, notebook, line):
+    inject(finished[0], notebook, f'# Parameters\nseeds = 10\nsource = "cifar10"\n{line}\n')
+    publish.publish(finished[0], root=finished[1])
+
+
+def test_a_notebook_that_papermill_did_not_run_is_refused(finished):
+    shutil.copy(finished[1] / "s8.ipynb", finished[0])
+    refuse(finished, r"s8.ipynb: papermill set \{\}; ")
+
+
+def edit(path, number, **values):
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[number].update(values)
+    nbformat.write(notebook, path)
+
+
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_other_source_is_refused(finished, number):
+    edit(finished[0] / "s8.ipynb", number, source="seeds = 1")
+    refuse(finished, f"s8.ipynb: cell {min(number, 2)} is not that of the committed s8.ipynb")
+
+
+def test_other_cells_are_refused(finished, notebook):
+    original = nbformat.read(finished[1] / "s8.ipynb", as_version=4)
+    original.cells.append(new_markdown_cell("The end"))
+    nbformat.write(original, finished[1] / "s8.ipynb")
+    refuse(finished, "s8.ipynb: cell 4 is not that of the committed s8.ipynb")
+    original.cells = original.cells[:3]
+    nbformat.write(original, finished[1] / "s8.ipynb")
+    refuse(finished, "s8.ipynb: cell 3 is not that of the committed s8.ipynb")
+
+
+def test_the_source_is_compared_with_the_last_commit(finished, monkeypatch):
+    folder, root = finished
+    names = {f"GIT_{who}_{what}": "a@b" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")} | names
+    for command in (["init", "-q"], ["add", "s8.ipynb"], ["commit", "-q", "-m", "s8"]):
+        subprocess.run(["git", *command], cwd=root, env=environment, check=True)
+    monkeypatch.setenv("GIT_DIR", str(root / "of a hook"))
+    edit(root / "s8.ipynb", 0, source="not committed")
+    publish.publish(folder, root=root)
+    edit(root / "s8.ipynb", 0, source="# Other")
+    edit(folder / "s8.ipynb", 0, source="# Other")
+    refuse(finished, "s8.ipynb: cell 0 is not that of the committed s8.ipynb")
+
+
 @pytest.mark.parametrize(
     ("code", "message"),
     [
@@ -189,14 +485,14 @@ def test_a_missing_file_is_refused(finished, file):
     ],
 )
 def test_a_cell_that_failed_or_warned_is_refused(finished, run_by_papermill, code, message):
-    nbformat.write(run_by_papermill(code), finished[0] / "s8.ipynb")
+    put(*finished, run_by_papermill(code))
     refuse(finished, message)
 
 
 def test_a_cell_that_did_not_run_is_refused(finished, notebook):
     cells = nbformat.from_dict(notebook)
     cells.cells.append(new_code_cell("1 + 1"))
-    nbformat.write(cells, finished[0] / "s8.ipynb")
+    put(*finished, cells)
     refuse(finished, "cell 4 was not executed")
 
 
@@ -279,9 +575,57 @@ def test_what_is_refused_ends_in_one_line(finished, monkeypatch):
     folder, root = finished
     monkeypatch.setattr(publish, "execute", lambda folder: pytest.fail("it ran"))
     monkeypatch.setattr(publish.publish, "__defaults__", (None, root))
+    content = (folder / FILES[0]).read_bytes()
     (folder / FILES[0]).unlink()
     with pytest.raises(SystemExit, match=r"^not published: [^\n]*batch.png is not there$"):
         publish.main(["--folder", str(folder), "--no-run"])
-    (folder / FILES[0]).write_bytes(b"new")
+    (folder / FILES[0]).write_bytes(content)
     publish.main(["--folder", str(folder), "--no-run"])
-    assert (root / FILES[0]).read_bytes() == b"new"
+    assert (root / FILES[0]).read_bytes() == content
+
+
+@pytest.fixture
+def ran(monkeypatch, tmp_path):
+    """Put the folder of runs into tmp_path and run nothing; the list of folders that were run into."""
+    found = []
+    monkeypatch.setattr(publish, "FOLDER", tmp_path / "out" / "published")
+    monkeypatch.setattr(records, "code_commit", lambda: COMMIT)
+    monkeypatch.setattr(publish, "execute", found.append)
+    monkeypatch.setattr(publish, "publish", lambda folder, commit: None)
+    return found
+
+
+def test_the_own_folder_is_emptied_before_a_run(ran, tmp_path):
+    folder = tmp_path / "out" / "published"
+    assert folder.parts[-2:] == (ROOT / "out" / "published").parts[-2:]
+    for name in ("results/runs.csv", "checkpoints/NetA-0.pt", "s8.ipynb"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("of an earlier run")
+    (tmp_path / "out" / "kept").touch()
+    publish.main([])
+    assert ran == [folder]
+    assert contents(tmp_path / "out") == {Path("kept"): b""}
+    publish.main(["--no-run"])
+    assert len(ran) == 1
+
+
+def test_another_folder_is_not_emptied(ran, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis").touch()
+    with pytest.raises(SystemExit, match=r"^not published: [^\n]*mine holds files, which would mix with the run's"):
+        publish.main(["--folder", str(tmp_path / "mine")])
+    assert (tmp_path / "mine" / "thesis").exists()
+    assert not ran
+
+
+def test_what_is_read_without_a_run_is_left_there(ran, tmp_path):
+    (tmp_path / "out" / "published").mkdir(parents=True)
+    (tmp_path / "out" / "published" / "s8.ipynb").touch()
+    publish.main(["--no-run"])
+    assert (tmp_path / "out" / "published" / "s8.ipynb").exists()
+
+
+def test_the_way_on_another_machine_is_told():
+    command = "papermill s8.ipynb out/published/s8.ipynb -p folder out/published -p seeds 10 -p source cifar10"
+    assert command in publish.__doc__
+    assert ROOT.resolve() / "out" / "published" == publish.FOLDER
