@@ -291,7 +291,7 @@ def save_runs(runs, data, folder):
     wrong = mistakes_table(runs[0], data).to_dict("records")
     records.upsert(folder / "results" / "mistakes.csv", wrong, key=["net"])
     weights = {key: value.cpu().contiguous() for key, value in runs[0].net.state_dict().items()}
-    files.save(folder / "weights" / f"{name}.pt", lambda temporary: torch.save(weights, temporary))
+    files.save_tensors(folder / "weights" / f"{name}.pt", weights)
     for one in runs:
         (folder / "checkpoints" / f"{name}-{one.row['seed']}.pt").unlink(missing_ok=True)
 

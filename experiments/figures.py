@@ -1,7 +1,7 @@
 """The figures of findings.ipynb, and those in img/ but for the grids of mistakes, which s8.ipynb draws.
 
-    python -m experiments.figures    redraw accuracy.png, chain.png and cubes.png in img/ and, with CIFAR-10 in data/,
-                                     same.png and cam.png from weights/, the nets of seed 0
+python -m experiments.figures    redraw accuracy.png, chain.png and cubes.png in img/ and, with CIFAR-10 in data/,
+                                 same.png and cam.png from weights/, the nets of seed 0
 """
 
 import itertools

@@ -120,7 +120,10 @@ def main(arguments=None):
             parser.error(f"sweep is {name!r}; choose from {', '.join(SWEEPS)}")
     chosen = [sweep for sweep in SWEEPS if sweep in (options.sweeps or SWEEPS)]
     if options.dry_run:
-        rows = read_texts(RUNS)
+        try:
+            rows = read_texts(RUNS)
+        except ValueError as error:
+            parser.error(str(error))
         print(*(describe(sweep, rows) for sweep in chosen), sep="\n")
         return
     if not torch.cuda.is_available() and not options.sweeps:
@@ -130,6 +133,7 @@ def main(arguments=None):
     try:
         if options.commit:
             records.set_commit(options.commit)
+        records.check_writable(RUNS)  # before hours of training
         data = load_data(utils.pick_device(), "cifar10", ROOT / "data")
     except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 import models
+from engine import records
 from engine.trainer import OPTIMIZERS
 from experiments import ROOT
 from experiments.variants import Experiment
@@ -227,9 +228,7 @@ SWEEPS = {
 
 def read_texts(path=RUNS):
     """Return the rows of results/runs.csv with all values as text."""
-    if not path.exists():
-        return pd.DataFrame(columns=["study"])
-    return pd.read_csv(path, dtype=str, keep_default_na=False)
+    return records.read_rows(path, texts=True)
 
 
 def planned(sweep, rows):

@@ -41,7 +41,14 @@ def claim(text, condition):
 # Numbers as text
 # ---------------------------------------------------------------------------------------------------------------------
 
-DIGITS = {"std": 2, "correlation": 2, "seconds per run": 1, "minutes": 0, "times faster, from": 1, "to": 1}  # of some columns, whatever `show` is told
+DIGITS = {
+    "std": 2,
+    "correlation": 2,
+    "seconds per run": 1,
+    "minutes": 0,
+    "times faster, from": 1,
+    "to": 1,
+}  # of some columns, whatever `show` is told
 
 
 def decimal_round(value, digits):

@@ -233,7 +233,7 @@ def test_same_seed_same_weights(tiny, name):
 def test_history_says_what_happened_in_each_epoch(tiny):
     net = utils.build("NetB", SHORT)
     history = utils.train(net, tiny, SHORT)
-    assert [list(epoch) for epoch in history] == [list(utils.HISTORY)] * 2
+    assert [list(epoch) for epoch in history] == [list(records.HISTORY)] * 2
     assert [epoch["epoch"] for epoch in history] == [1, 2]
     assert history[-1]["test_accuracy"] == utils.test(net, tiny.test_images, tiny.test_labels).accuracy
     rates = [min(p / 0.2, (1 - p) / 0.8) * SHORT.learning_rate for p in (3 / 7, 6 / 7)]
