@@ -177,7 +177,7 @@ def test_dry_run_says_what_is_missing_and_runs_nothing(tiny, monkeypatch, capsys
     ("arguments", "message"),
     [
         ([], "there is no GPU here, where all sweeps would take days: name one"),
-        (["rates"], "sweep is 'rates'; choose from tune, augment, rate, rate-seeds"),
+        (["rates"], "sweep is 'rates'; choose from tune, augment, captured, search"),
         (["tune", "--commit", "latest"], "commit is 'latest'; give 7 to 40 hexadecimal digits"),
         (["tune"], "CIFAR-10 is not in"),
     ],
@@ -203,7 +203,7 @@ def test_named_sweeps_run_in_their_order_under_the_named_commit(tiny, monkeypatc
         run.main(["optimizer", "augment", "--commit", "1a2b3c4"])
     finally:
         records.code_commit.cache_clear()
-    assert ran == [("augment", "1a2b3c4"), ("optimizer", "1a2b3c4")]
+    assert ran == [("augment", "1a2b3c4")]
     assert capsys.readouterr().out == "optimizer: waits for rate-seeds\n"
 
 

@@ -46,9 +46,36 @@ def test_each_sweep_lists_each_run_once_and_starts_without_rows(tmp_path):
 
 def test_choices_are_made_on_the_validation_split_alone():
     assert {sweep for sweep, (split, _, _) in SWEEPS.items() if split == "validation"} == {
-        *("tune", "rate", "rate-seeds", "initial", "batch-rate")
+        *("tune", "search", "search-seeds", "rate", "rate-seeds", "initial", "batch-rate")
     }
     assert all(SWEEPS[needed][0] == "validation" for _, _, needed in SWEEPS.values() if needed)
+
+
+def test_all_nets_get_the_same_random_recipes():
+    recipes = [
+        {one.net: replace(one, net="NetA", initial_weights="") for one in sweeps.search(None)[start : start + 4]}
+        for start in range(0, 240, 4)
+    ]
+    assert all(set(recipe) == set(sweeps.WITH_CONTROL) and len(set(recipe.values())) == 1 for recipe in recipes)
+    assert len({recipe["NetA"] for recipe in recipes}) == 60
+    assert {one.initial_weights for one in sweeps.search(None) if one.net == "Net"} == {"he"}
+    assert all(0.005 <= one.learning_rate <= 0.15 and 0.03 <= one.weight_decay <= 3 for one in sweeps.search(None))
+
+
+def test_the_best_five_recipes_of_each_net_get_three_new_seeds():
+    """The accuracy of a recipe is its rate here, and none for NetB's highest, which diverged."""
+    experiments = sweeps.search(None)
+    highest = max(one.learning_rate for one in experiments)
+
+    def accuracy(one):
+        return None if (one.net, one.learning_rate) == ("NetB", highest) else one.learning_rate
+
+    found = planned("search-seeds", rows_of("search", experiments, accuracy))
+    rates = sorted({one.learning_rate for one in experiments})
+    assert {one.learning_rate for one in found if one.net == "NetA"} == set(rates[-5:])
+    assert {one.learning_rate for one in found if one.net == "NetB"} == set(rates[-6:-1])
+    assert len(found) == 60
+    assert {one.seed for one in found} == {1, 2, 3}
 
 
 def test_published_rows_leave_nothing_to_run():

@@ -337,7 +337,7 @@ MUTATIONS = [
     (
         "a seed that is there twice is not compared",
         "utils.py",
-        '        if own["seed"].duplicated().any():\n',
+        '        if own["seed"].astype(str).duplicated().any():\n',
         "        if False:\n",
         f"{UTILS}::test_rows_that_cannot_be_compared_are_refused",
     ),
