@@ -10,8 +10,8 @@ of the convolution's output x. The norms differ only in the x over which mean an
     group   the channels of a group of n      none    nothing: mean 0, rstd 1
 
 So a convolution also writes two sums for each image and channel over its pixels, S1 of x and S2 of x^2, and the next
-kernel pools them: `pool` adds up neighboring channels (layer and group norm; GROUP channels each), `add_rows` all
-images (batch norm). That is the whole difference. With M values in a pool,
+kernel pools them: `pool` adds up GROUP neighboring channels (layer norm: all; group norm: a group's), `add_rows` all
+images (batch norm). In training that is the whole difference. With M values in a pool,
 
     mean = pool(S1) / M    variance = pool(S2) / M - mean^2    rstd = 1 / sqrt(variance + eps)
 
@@ -21,13 +21,13 @@ The backward pass pools two other sums in the same way, T1 of dz = dy * silu'(z)
                                    c = -rstd * pool(weight * T1) / M - b * mean
     dweight = sum over images of rstd * (T2 - mean * T1)    dbias = sum over images of T1
 
-A program takes an image through one layer, so that its values stay in the caches of one multiprocessor:
+A program, a block of threads, takes an image through one layer, so that its values stay in one multiprocessor's caches:
 
     forward    x of the layer before -> y -> barrier -> convolution: x, S1, S2
     backward   dy, x -> dx -> barrier -> convolution: dy of the layer before; weights' gradient -> barrier -> T1, T2
 
-An average pool is taken where y is made, before the 1x1 convolution (c3, c7). That and the 3x3 convolution after it
-(C4, C8) are one 3x3 convolution, which `compose_weights` multiplies out and `split_gradients` takes apart again.
+An average pool and a 1x1 convolution commute, so the pool comes first, where y is made. Then c3 and C4, and c7 and C8,
+are one 3x3 convolution each, which `compose_weights` multiplies out and `split_gradients` takes apart again.
 
 Activations are float16 (image, row, column, channel), channels padded by zeros to 16, 32, 64...; what a convolution
 reads has a border of one pixel of zeros, so that no tap needs a mask. Sums, parameters and gradients are float32.

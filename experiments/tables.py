@@ -267,10 +267,8 @@ def fused_step(rows):
     weights = [sign / len(pairs) for _ in pairs for sign in (1, -1)]
     found = {name: contrast(*pair) for name, pair in pairs.items()}
     found["all", "mean"] = contrast(*itertools.chain(*pairs.values()), weights=weights)
-    lines = [
-        {"runs": title, "norm": norm} | columns_of(one, "fused minus captured") for (title, norm), one in found.items()
-    ]
-    return pd.DataFrame(lines).set_index(["runs", "norm"])
+    table = pd.DataFrame([columns_of(one, "fused minus CUDA graph") for one in found.values()])
+    return table.set_index(pd.MultiIndex.from_tuples(found, names=["runs", "norm"]))
 
 
 def best_recipes(rows):
