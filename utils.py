@@ -24,7 +24,7 @@ from engine import fast, files, records
 from engine.data import check_images, normalize
 from engine.figures import COLORS, save_figure, title
 from engine.probe import eval_mode
-from engine.trainer import OPTIMIZERS, Trainer
+from engine.trainer import OPTIMIZERS, Trainer, takes_fused_step
 from models import NORM_OF, show, whole_number
 
 NETS = ("NetA", "NetB", "NetC")
@@ -111,13 +111,13 @@ def train(net, data, settings, label="", track=True, fused=None, checkpoint=None
     """Train `net` in place on `data`; returns its history, a dict per epoch. It ends on the data's device.
 
     track       test after each epoch
-    fused       False: without the fused step of engine.kernels, see `engine.trainer.pick_kernels`
+    fused       whether to take the step of engine.kernels, see `engine.trainer.takes_fused_step`
     checkpoint  file written after each epoch; where it exists, training resumes from it, bit for bit
 
     The history's keys are epoch (from 1), loss (with label smoothing) and train_accuracy (both while training),
     test_accuracy (nan unless `track`), learning_rate (of the last step), seconds (of training alone) and elapsed
-    (seconds from the start, pauses left out). The same settings, machine, torch and thread count give the same weights,
-    bit for bit.
+    (seconds from the start, pauses left out). The same settings, machine, torch, Triton and number of threads give the
+    same weights, bit for bit.
 
     ValueError when a batch is larger than the training split, or the checkpoint is damaged or of another run;
     TypeError unless `net` is a models.Net; MemoryError when a batch takes more than the GPU has; FloatingPointError
@@ -136,8 +136,8 @@ def train(net, data, settings, label="", track=True, fused=None, checkpoint=None
             message = f"batch_size is {settings.batch_size}: that takes more than the memory of {device}"
             raise MemoryError(f"{message}; try {max(1, settings.batch_size // 2)}") from None
         if checkpoint:
-            number_format = f"{trainer.dtype}, {'fused' if trainer.fused else 'PyTorch'} step"
-            run = records.fingerprint(net, data, settings, track, number_format)
+            step = f"fused step of Triton {trainer.fused.triton_version}" if trainer.fused else "PyTorch's step"
+            run = records.fingerprint(net, data, settings, track, f"{trainer.dtype}, {step}")
             saved = records.read_checkpoint(checkpoint, run, trainer.steps, trainer.state_dict())
             if saved:
                 run, history = saved["fingerprint"], saved["history"]
@@ -232,8 +232,8 @@ def run(name, data, settings, study="main", track=True, checkpoints=None):
     return finish(name, net, data, settings, history, study, history[-1]["elapsed"])
 
 
-def finish(name, net, data, settings, history, study, seconds, diverged=False):
-    """Score a trained net and make its `Run`; `seconds` is what its training took.
+def finish(name, net, data, settings, history, study, seconds, diverged=False, fused=None):
+    """Score a trained net and make its `Run`; `seconds` is what its training took, `fused` as in `train`.
 
     The row of a run that diverged has no accuracies.
     """
@@ -259,6 +259,7 @@ def finish(name, net, data, settings, history, study, seconds, diverged=False):
         "train_images": len(data.images),
         "split": data.split,
         "precision": str(fast.pick_precision(data.images.device)).removeprefix("torch."),
+        "step": "fused" if takes_fused_step(net, data.images.device, fused) else "PyTorch",
         "parameters": sum(p.numel() for p in net.parameters()),
         **accuracy,
         "seconds": round(seconds, 2),

@@ -27,26 +27,23 @@ def pick_precision(device):
 def low_precision_copy(net, dtype):
     """Copy a `models.Net` for training in `dtype`, which shares the float32 norms of `net`.
 
-    So it shares every other module with buffers, such as running averages. Norms without are copied in `dtype`. c3 and
-    c7, where they are plain, come after their pools: the same function for a quarter of the work. The parameters' order
-    is that of `net`.
+    It also shares modules with buffers, such as running averages, which compute in float32; other norms are copied in
+    `dtype`. c3 and c7, where they are plain, come after their pools: the same function for a quarter of the work. The
+    parameters' order is that of `net`.
     """
     copied = copy.deepcopy(net).to(dtype)
     for name, module in net.named_modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if type(module) is nn.BatchNorm2d:
             copied.set_submodule(name, module)
         elif type(module) is nn.GroupNorm and module.affine:
             copied.set_submodule(name, ChannelsLastGroupNorm(module))
-        elif any(True for _ in module.buffers(recurse=False)):
+        elif name and any(True for _ in module.buffers(recurse=False)):
             copied.set_submodule(name, InFloat32(module))
-    following = list(copied.named_children())
-    for (name, conv), (next_name, pool) in itertools.pairwise(following):
-        pointwise = type(conv) is nn.Conv2d and (conv.kernel_size, conv.stride, conv.padding) == (
-            (1, 1),
-            (1, 1),
-            (0, 0),
-        )
-        if pointwise and repr(pool) == repr(nn.AvgPool2d(2)) and type(net).forward is models.Net.forward:
+    if type(net).forward is not models.Net.forward:
+        return copied
+    for (name, conv), (next_name, pool) in itertools.pairwise(list(copied.named_children())):
+        form = [getattr(conv, key, None) for key in ("kernel_size", "stride", "padding")]
+        if type(conv) is nn.Conv2d and form == [(1, 1), (1, 1), (0, 0)] and repr(pool) == repr(nn.AvgPool2d(2)):
             copied.set_submodule(name, AvgPool2x2())  # what is called c3 is a pool from here on
             copied.set_submodule(next_name, conv)
     return copied

@@ -28,7 +28,7 @@ def save(path, write):
 
 
 def save_tensors(path, value):
-    """Save what torch.load reads; equal values give equal bytes."""
+    """Save what torch.load reads; equal values, in equal storages, give equal bytes."""
     content = io.BytesIO()  # torch.save puts the name of a file, here a random one, into its archive
     torch.save(value, content)
     save(path, lambda temporary: temporary.write_bytes(content.getvalue()))

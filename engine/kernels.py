@@ -51,7 +51,6 @@ import triton
 import triton.language as tl
 from torch import nn
 from tqdm import tqdm
-from triton.backends.nvidia.driver import CudaLauncher
 
 import models
 from engine import fast
@@ -707,7 +706,7 @@ class Tile(NamedTuple):
 
 
 # For each layer and direction, for batches of 2 or more images for each multiprocessor and for smaller ones.
-# Measured on an H100 80GB HBM3 with torch 2.11 and Triton 3.6 by --tune.
+# Measured on an H100 80GB HBM3 with torch 2.11 and Triton 3.6 by `python -m engine.tune --tiles`.
 TILES = {
     "C1 forward": (Tile(256, 128, 4, 4), Tile(256, 256, 4, 4)),
     "C2 forward": (Tile(256, 128, 1, 4), Tile(256, 256, 2, 4)),
@@ -724,6 +723,7 @@ TILES = {
 }
 AS = {"C6": "C5", "C10": "C9"}  # layers whose tiles are those of another of the same sizes
 SIDES = {"C1": 32, "C2": 32, "C4": 16, "C5": 16, "C6": 16, "C8": 8, "C9": 8, "C10": 8}
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 ASIDE = ("add most partials", "split gradients", "track statistics")  # launches that run beside others
 INNER = {"C4": "c3", "C8": "c7"}  # the 1x1 convolution before each, after a 2x2 pool
 PIECE, PART = 256, 64  # elements of a program of compose_weights and of add_partials
@@ -735,6 +735,9 @@ def reason_against(net):
         twin = models.Net("none", widths=net.widths, classes=net.c11.out_channels, in_channels=3)
     if type(net).forward is not models.Net.forward or described(net) != described(twin):
         return "its layers are not those of models.Net with SiLU, for three colors"
+    for module in net.modules():
+        if "forward" in vars(module) or any(getattr(module, name, None) for name in HOOKS):
+            return "it has hooks, or a forward of its own"
     for name in SIDES:
         norm = net.get_submodule(name).norm
         if type(norm) not in (nn.BatchNorm2d, nn.GroupNorm, models.ScaleShift):
@@ -751,9 +754,12 @@ def reason_against(net):
 
 
 def described(net):
-    """List a net's modules but for its norms, in words."""
+    """Return the names of a net's parameters and its modules, in words, but for its norms."""
     modules = [(name, module) for name, module in net.named_modules() if name and not name.endswith(".norm")]
-    return [(name, type(module).__name__ if [*module.children()] else repr(module)) for name, module in modules]
+    parameters = [
+        name for name, _ in net.named_parameters() if ".norm." not in name
+    ]  # one that is shared is there once
+    return parameters, [(name, type(m).__name__ if [*m.children()] else repr(m)) for name, m in modules]
 
 
 @functools.cache
@@ -868,6 +874,7 @@ class FusedNet:
             raise ValueError(f"no fused step for this net: {reason}")
         device = images.device
         self.net, self.images, self.labels = net, images, labels
+        self.triton_version = triton.__version__
         self.batch_size, self.augment = batch_size, augment != "none"
         self.loss_scale = loss_scale or 2.0 ** int(math.log2(1024 * batch_size))
         self.label_smoothing = label_smoothing
@@ -897,16 +904,14 @@ class FusedNet:
             self.side = fast.cuda_stream(device, "side")
 
     def other_norms(self):
-        """List the launches of a step for the three published norms, for `compile_all`."""
-        found = []
+        """Yield the launches of a step for each of the three published norms, for `compile_all`."""
         for norm in ("batch", "layer", "group"):
             groups = 1 if any(layer.real % 4 for layer in self.layers) else 4
             with torch.random.fork_rng(devices=[]):
                 net = models.Net(norm, groups, self.net.widths, self.classes).to(self.images.device)
             augment = "flip" if self.augment else "none"
             other = FusedNet(net, self.images, self.labels, self.batch_size, augment)
-            found += other.launches(self.labels, self.labels, self.labels.bool())
-        return found
+            yield from other.launches(self.labels, self.labels, self.labels.bool())
 
     def flatten_parameters(self, device):
         """Move the parameters into `values`, convolutions as (out, row, tap, in), their gradients into `totals`."""
@@ -1304,7 +1309,9 @@ def compile_launch(job):
     kernel, arguments, options, target = job
     triton.runtime.driver.set_active(Target(target))
     compiled = globals()[kernel].warmup(*arguments, grid=(1,), **options)
-    with contextlib.suppress(AttributeError):  # up to Triton 3.7, a C program launches each kind of kernel
+    with contextlib.suppress(ImportError, AttributeError):  # up to Triton 3.7, a C program launches each kind of kernel
+        from triton.backends.nvidia.driver import CudaLauncher
+
         CudaLauncher(compiled.src, compiled.metadata)
 
 
@@ -1314,7 +1321,13 @@ def jobs_of(launches, target):
     for _, kernel, _, arguments, options in launches:
         types = [a.dtype if isinstance(a, torch.Tensor) else a for a in arguments]
         job = kernel.fn.__name__, types, options, target
-        text = f"{kernel.cache_key} {triton.__version__} {job}"
+        # Kernels are compiled for any float, and for any value of an argument that is not specialized.
+        any_value = [
+            isinstance(a, float) or parameter.do_not_specialize
+            for a, parameter in zip(types, kernel.params, strict=False)
+        ]
+        key = [type(a).__name__ if any_value else a for a, any_value in zip(types, any_value, strict=True)]
+        text = f"{kernel.cache_key} {triton.__version__} {kernel.fn.__name__} {key} {options} {target}"
         jobs[Path(triton.knobs.cache.dir) / f"fused-{hashlib.sha256(text.encode()).hexdigest()}"] = job
     return {done: job for done, job in jobs.items() if not done.exists()}
 
@@ -1331,7 +1344,7 @@ def compile_all(launches, more=list, progress=True):
     if not jobs:
         return
     jobs |= jobs_of(more(), target)
-    with multiprocessing.get_context("fork").Pool(min(len(jobs), os.cpu_count() or 1)) as workers:
+    with multiprocessing.get_context("fork").Pool(min(len(jobs), len(os.sched_getaffinity(0)))) as workers:
         compiled = workers.imap_unordered(compile_launch, jobs.values())
         bar_format = "{desc}: {n_fmt} of {total_fmt}, {elapsed}"
         options = {"file": sys.stdout, "disable": not progress, "mininterval": 5, "bar_format": bar_format}

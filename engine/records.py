@@ -30,7 +30,7 @@ CODE = [path.read_bytes() for name in COMPUTING if (path := ROOT / f"{name}.py")
 HISTORY = ("epoch", "loss", "train_accuracy", "test_accuracy", "learning_rate", "seconds", "elapsed")  # of each epoch
 # The columns of results/runs.csv that a run measures or notes; all others are its settings and tell rows apart.
 MEASURED = {"parameters", "train_accuracy", "test_accuracy", "validation_accuracy", "test_loss", "seconds", "device"}
-MEASURED |= {"torch", "commit", "status", "precision"}
+MEASURED |= {"torch", "commit", "status", "precision", "step"}
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")  # of a module
 PLAIN = bool | int | float | complex | str | bytes | torch.dtype | slice | types.NoneType
 _commit = None  # see set_commit

@@ -50,26 +50,32 @@ def schedule(steps, peak, warmup=0.2, device=None):
     return peak * torch.minimum(progress / warmup, (1 - progress) / (1 - warmup))
 
 
-def pick_kernels(net, device, fused=None):
-    """Return engine.kernels where it can train `net` on `device`, else None.
+def takes_fused_step(net, device, fused=None):
+    """Return whether training `net` on `device` takes the step of engine.kernels.
 
-    fused  False: None; True: ValueError, which says why, instead of None; None: on a GPU, print why, once
+    fused  False: no. True: yes, or ValueError, which says why not. None: where it can; on a GPU, print once why not
     """
     if fused is False or (fused is None and device.type != "cuda"):
-        return None
-    kernels, reason = None, "it needs a GPU"
-    if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
-        try:
-            from engine import kernels
-        except ImportError:
-            reason = "Triton is not installed"
-        else:
-            reason = kernels.reason_against(net) or kernels.reason_against_device(device)
+        return False
+    reason = reason_against_fused_step(net, device)
     if reason and fused:
         raise ValueError(f"there is no fused step here: {reason}")
     if reason:
         print_once(f"training without the fused step: {reason}")
-    return None if reason else kernels
+    return not reason
+
+
+def reason_against_fused_step(net, device):
+    """Return why engine.kernels can't train `net` on `device`, in a few words, or "" where it can."""
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "it needs a GPU"
+    if torch.version.hip:
+        return "it needs an NVIDIA GPU"
+    try:
+        from engine import kernels
+    except ImportError as error:
+        return f"Triton can't be imported ({error})"
+    return kernels.reason_against(net) or kernels.reason_against_device(device)
 
 
 @functools.cache
@@ -84,18 +90,22 @@ class Trainer:
     https://arxiv.org/abs/1710.03740). All state lives in tensors on the device, so nothing returns to the host within
     an epoch. On CUDA one step is recorded as a graph and replayed, unless `capture` is False.
 
-    fused    take the step by engine.kernels: True, False, or None for "where it can", see `pick_kernels`
+    fused    whether to take the step of engine.kernels, see `takes_fused_step`
     stream   number of the CUDA stream: nets that train at the same time need one each
-    TypeError for another kind of net; ValueError when a batch is larger than the training split, the net has fewer
-    classes than the data, or a parameter is frozen or not float32. Nets with random layers do not resume bit for bit.
+    TypeError for another kind of net, or of c11; ValueError when a batch is larger than the training split, the net has
+    fewer classes than the data, or a parameter is frozen or not float32. Nets with random layers do not resume bit for
+    bit.
     """
 
     def __init__(self, net, data, settings, fused=None, capture=True, stream=0):
         if not isinstance(net, models.Net):
             raise TypeError(f"net is a {type(net).__name__}; give a models.Net, such as NetA()")
+        if not isinstance(net.c11, torch.nn.Conv2d):
+            raise TypeError(f"c11 is a {type(net.c11).__name__}; give a Conv2d, as in models.Net")
         device = data.images.device
         self.net, self.data, self.settings = net, data, settings
         self.steps = len(data.images) // settings.batch_size  # of an epoch
+        self.epochs_left = settings.epochs
         if self.steps == 0:
             raise ValueError(f"batch_size is {settings.batch_size}; there are {len(data.images)} training images")
         if net.c11.out_channels < len(data.classes):
@@ -107,9 +117,10 @@ class Trainer:
         net.to(device, memory_format=torch.channels_last).train()
         self.dtype = fast.pick_precision(device)
         self.diverged = torch.zeros((), device=device)  # 1 from the first step on whose gradients are not finite
-        kernels = pick_kernels(net, device, fused)
         self.fused, self.model, self.copied = None, None, []
-        if kernels:
+        if takes_fused_step(net, device, fused):
+            from engine import kernels
+
             images, labels = data.images.contiguous(), data.labels.contiguous()
             self.fused = kernels.FusedNet(
                 net, images, labels, settings.batch_size, settings.augment, self.diverged, settings.label_smoothing
@@ -134,9 +145,10 @@ class Trainer:
         self.unscale = torch.full((), 1 / LOSS_SCALE, device=device)
         self.stream = fast.cuda_stream(device, stream) if device.type == "cuda" else None
         self.on_stream = functools.partial(torch.cuda.stream, self.stream) if self.stream else contextlib.nullcontext
-        if kernels:
-            self.step = self.fused_step(kernels)
-        self.recorded = self.capture() if self.stream and capture else None  # self.step would keep this object alive
+        if self.fused:
+            self.prepare_fused_step(kernels)
+        # Without a graph None, since self.step here would keep this object alive.
+        self.recorded = self.capture() if self.stream and capture else None
 
     def batch(self):
         """Return the current step's normalized images (B, 3, 32, 32) and labels (B,)."""
@@ -146,8 +158,26 @@ class Trainer:
             images = crop_and_flip(images, self.shift.index_select(0, chosen), self.flip.index_select(0, chosen))
         return normalize(images).to(self.dtype), self.data.labels.index_select(0, chosen)
 
+    def prepare_fused_step(self, kernels):
+        """Make what `step` calls where it is fused; on a GPU, compile the kernels."""
+        state = self.order, self.shift, self.flip, self.learning_rates, self.counts.view(2), self.metric_sums, self.lr
+        self.fused_state = kernels.Steps(self.fused, *state)
+        launches = [*self.fused.launches(*self.fused_state.batch), *self.fused_state.launches()]
+        self.update = self.optimizer.step
+        if isinstance(self.optimizer, Muon):
+            self.update = kernels.MuonStep(self.fused, self.optimizer)
+            launches.append(self.update.launch())
+        if self.stream:
+            with torch.cuda.device(self.stream.device):
+                kernels.compile_all(launches, self.fused.other_norms)
+
     def step(self):
         """Take one training step; from the first step with a gradient that is not finite on, change no parameter."""
+        if self.fused:
+            self.fused(*self.fused_state.begin())
+            self.update()
+            self.fused_state.end()
+            return
         images, labels = self.batch()
         for parameter in self.model.parameters():
             parameter.grad = None
@@ -166,25 +196,6 @@ class Trainer:
                 torch._foreach_copy_(*map(list, zip(*self.copied, strict=True)))
             self.metric_sums += torch.stack([loss, accuracy])
             self.counts += 1 - self.diverged.long()  # stays at the first step that diverged
-
-    def fused_step(self, kernels):
-        """Return `step` by engine.kernels, which rounds in other places; on a GPU, compile what it needs."""
-        fused, optimizer = self.fused, self.optimizer
-        state = self.order, self.shift, self.flip, self.learning_rates, self.counts.view(2), self.metric_sums, self.lr
-        steps = kernels.Steps(fused, *state)
-        launches, update = [*fused.launches(*steps.batch), *steps.launches()], optimizer.step
-        if isinstance(optimizer, Muon):
-            update = kernels.MuonStep(fused, optimizer)
-            launches.append(update.launch())
-        if self.stream:
-            kernels.compile_all(launches, fused.other_norms)
-
-        def step():  # which must not keep this trainer alive
-            fused(*steps.begin())
-            update()
-            steps.end()
-
-        return step
 
     def replay(self):
         """Take one training step: replay the recorded one where there is one."""
@@ -231,7 +242,11 @@ class Trainer:
 
         With flips, half of the images, drawn at first, are mirrored, and in the next epoch the other half: no image is
         seen the same way twice in a row (Jordan 2024, https://arxiv.org/abs/2404.00498). Crops are drawn each epoch.
+        ValueError after the last epoch of the settings.
         """
+        if self.epochs_left == 0:
+            raise ValueError(f"all epochs are done; settings.epochs is {self.settings.epochs}")
+        self.epochs_left -= 1
         if self.stream:
             # The state may just have been loaded on the current stream.
             self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
@@ -260,7 +275,7 @@ class Trainer:
         return loss, 100 * accuracy
 
     def check_finite(self):
-        """Raise FloatingPointError, which names the step, if a gradient was not finite: no weight changed since."""
+        """Raise FloatingPointError, which names the step, if a gradient was not finite: no parameter changed since."""
         if self.diverged.item():
             step = self.global_step.item()
             raise FloatingPointError(
@@ -286,6 +301,7 @@ class Trainer:
     def load_state_dict(self, state):
         """Resume from a `state_dict` of the same net, data and settings."""
         self.net.load_state_dict(state["net"])
+        self.epochs_left = self.settings.epochs - int(state["global_step"]) // self.steps
         # Written in place, since a recorded graph reads these very tensors.
         pairs = zip(self.optimizer.state_dict()["state"].values(), state["optimizer"].values(), strict=True)
         for own, saved in pairs:

@@ -100,10 +100,11 @@ def check_rows(rows, commit):
         if seeds != list(range(SEEDS)):
             raise Refused(f"{net} has the seeds {seeds}; 0 to {SEEDS - 1} are published")
     wanted = {"study": "main", "split": "test", "status": "done", "epochs": str(utils.MAX_EPOCHS)}
+    wanted |= {"dataset": "CIFAR-10", "step": "fused"}
     for net, own in rows.groupby("net"):
         settings = asdict(utils.Settings(learning_rate=utils.LEARNING_RATES[net]))
         settings = {name: str(value) for name, value in settings.items() if name not in ("seed", "epochs")}
-        for column, value in (wanted | settings | {"dataset": "CIFAR-10"}).items():
+        for column, value in (wanted | settings).items():
             for found in set(own[column]) - {value}:
                 raise Refused(f"a row of {net} has {column} {found!r}; {value!r} is published")
     for found in rows["test_accuracy"][~pd.to_numeric(rows["test_accuracy"], errors="coerce").between(0, 100)]:
@@ -256,7 +257,8 @@ def main(arguments=None):
             raise SystemExit(f"the code's commit is {commit!r}; commit first, since the rows name it")
     try:
         if not options.no_run:
-            execute(prepare(options.folder))
+            options.folder = prepare(options.folder)
+            execute(options.folder)
         publish(options.folder, options.commit)
     except (Refused, OSError, ValueError, subprocess.CalledProcessError) as error:
         raise SystemExit(f"not published: {error}") from None

@@ -85,7 +85,8 @@ def train_together(sweep, todo, data):
     seconds = (time.perf_counter() - started) / len(todo)
     runs = []
     for net, one, trainer in zip(nets, todo, trainers, strict=True):
-        run = utils.finish(one.net, net, data, one, [], sweep, seconds, diverged=bool(trainer.diverged))
+        diverged = bool(trainer.diverged)
+        run = utils.finish(one.net, net, data, one, [], sweep, seconds, diverged, fused)
         runs.append(dataclasses.replace(run, row=run.row | one.columns()))
     return runs
 

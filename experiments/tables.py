@@ -516,8 +516,11 @@ def budget(rows, column):
 
 
 def augmentation(rows):
-    """Accuracy, distance between training and test accuracy, and leads, by weight decay and augmentation."""
-    runs = select(rows, study=("main", "flip", "augment"))
+    """Accuracy, distance between training and test accuracy, and leads, by weight decay and augmentation.
+
+    All by PyTorch's kernels: the study flip is from before the fused step.
+    """
+    runs = select(rows, study=("captured", "flip"))
     runs = runs.assign(gap=runs["train_accuracy"] - runs["test_accuracy"])
     keys = ["augment", "weight_decay"]
     table = leads(runs, keys)

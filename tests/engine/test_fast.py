@@ -125,6 +125,23 @@ def test_a_changed_net_is_copied_as_it_is(change):
     assert fast.low_precision_copy(net, torch.bfloat16)(images.bfloat16()).dtype == torch.bfloat16
 
 
+class PlainBatchNorm(nn.BatchNorm2d):
+    """Batch norm without running averages, written out."""
+
+    def forward(self, x):
+        variance, mean = torch.var_mean(x, (0, 2, 3), correction=0, keepdim=True)
+        return (x - mean) / (variance + self.eps).sqrt() * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
+
+
+def test_a_norm_that_is_written_out_is_computed_in_float32():
+    net = models.NetB()
+    net.C5.norm = PlainBatchNorm(24)
+    net.register_buffer("unused", torch.zeros(1))
+    copied = fast.low_precision_copy(net, torch.bfloat16)
+    assert copied(torch.randn(8, 3, 32, 32).bfloat16()).dtype == torch.bfloat16
+    assert copied.C5.norm.module is net.C5.norm
+
+
 def test_running_averages_of_any_norm_are_the_nets_own():
     net = models.NetB()
     net.C5.norm = nn.InstanceNorm2d(24, affine=True, track_running_stats=True)

@@ -214,7 +214,13 @@ def test_a_trainer_trains_as_it_does_without_the_kernels(name, optimizer):
     data = Data(images[:6], labels[:6], images[:1], labels[:1], name="few")
     rate = {"muon": 0.02, "sgd": 0.02, "adamw": 0.001}[optimizer]
     settings = utils.Settings(
-        epochs=1, batch_size=3, augment="flip+crop", optimizer=optimizer, learning_rate=rate, momentum=0.9
+        epochs=1,
+        batch_size=3,
+        augment="flip+crop",
+        optimizer=optimizer,
+        learning_rate=rate,
+        momentum=0.9,
+        label_smoothing=0.3,
     )
     found = []
     for fused in (True, False):
@@ -251,6 +257,9 @@ def test_a_net_that_the_kernels_do_not_compute_is_turned_down_with_a_reason():
         "averages over all": changed(lambda net: setattr(net.C4.norm, "momentum", None)),
         "layers are not those": changed(lambda net: setattr(net.C4, "activation", torch.nn.ReLU())),
         "three colors": models.Net("batch", in_channels=1),
+        "it has hooks": changed(lambda net: net.C4.register_forward_hook(print)),
+        "a forward of its own": changed(lambda net: setattr(net.C4.conv, "forward", print)),
+        "layers are not": changed(lambda net: setattr(net.C6.conv, "weight", net.C5.conv.weight)),
         "are frozen": changed(lambda net: net.c11.requires_grad_(False)),
         "more than 32 channels": models.Net("none", widths=(40,) * 10),
         "more than 128 classes": models.Net("none", classes=200),

@@ -19,7 +19,7 @@ import models
 import utils
 from engine import fast
 from engine.data import normalize
-from engine.trainer import OPTIMIZERS, Trainer, pick_kernels, schedule
+from engine.trainer import OPTIMIZERS, Trainer, schedule, takes_fused_step
 from utils import Settings
 
 NETS = ("NetA", "NetB", "NetC", "Net")
@@ -62,12 +62,12 @@ def plain_images(trainer, indices):
     return torch.stack(images)
 
 
-@pytest.mark.parametrize("augment", ["none", "flip+crop"])
+@pytest.mark.parametrize(("augment", "smoothing", "warmup"), [("none", 0.1, 0.2), ("flip+crop", 0.3, 0.5)])
 @pytest.mark.parametrize("name", NETS)
-def test_twelve_steps_of_a_plain_loop(small, float32, name, augment):
+def test_twelve_steps_of_a_plain_loop(small, float32, name, augment, smoothing, warmup):
     """A loop in float32 of PyTorch's own modules and torch.optim.SGD, which sees the same batches."""
     settings = Settings(learning_rate=0.05, weight_decay=0.02, momentum=0.9, optimizer="sgd", epochs=1, batch_size=25)
-    settings = replace(settings, augment=augment)
+    settings = replace(settings, augment=augment, label_smoothing=smoothing, warmup=warmup)
     small = replace(small, images=small.images[:300], labels=small.labels[:300])
     net = utils.build(name, settings)
     plain, before = copy.deepcopy(net).train(), weights(net)
@@ -79,12 +79,12 @@ def test_twelve_steps_of_a_plain_loop(small, float32, name, augment):
     for step, _ in enumerate(trainer.epoch(), 1):
         indices = trainer.order[step - 1]
         logits = plain(plain_images(trainer, indices))
-        loss = F.cross_entropy(logits, small.labels[indices], label_smoothing=0.1)
+        loss = F.cross_entropy(logits, small.labels[indices], label_smoothing=smoothing)
         optimizer.zero_grad()
         loss.backward()
         progress = step / 13
         for group in optimizer.param_groups:
-            group["lr"] = 0.05 * min(progress / 0.2, (1 - progress) / 0.8)
+            group["lr"] = 0.05 * min(progress / warmup, (1 - progress) / (1 - warmup))
         optimizer.step()
         way = (weights(plain) - before).norm()
         assert (weights(net) - weights(plain)).norm() < 0.001 * way, step
@@ -206,7 +206,8 @@ def test_nets_of_a_seed_share_initial_weights_and_batches(small):
 
 
 def first_batch(small, augment):
-    trainer = Trainer(utils.build("NetA", SHORT, widths=NARROW), small, replace(SHORT, augment=augment, batch_size=200))
+    settings = replace(SHORT, augment=augment, batch_size=200, epochs=4)
+    trainer = Trainer(utils.build("NetA", settings, widths=NARROW), small, settings)
     next(trainer.epoch())
     trainer.counts.zero_()
     return trainer, trainer.batch()[0].float()
@@ -223,6 +224,10 @@ def test_images_are_augmented_only_when_asked_for(small):
     assert torch.equal(images[~mirrored], expected[~mirrored])
     trainer, _ = first_batch(small, "flip+crop")
     assert len({tuple(shift) for shift in trainer.shift.tolist()}) == 25  # up to two pixels each way
+    settings = replace(SHORT, augment="flip+crop", crop=1)
+    trainer = Trainer(utils.build("NetA", settings, widths=NARROW), small, settings)
+    next(trainer.epoch())
+    assert len({tuple(shift) for shift in trainer.shift.tolist()}) == 9
 
 
 def test_flips_alternate_and_crops_are_drawn_anew(small):
@@ -323,6 +328,24 @@ def test_a_batch_larger_than_the_data_is_refused(small):
         Trainer(models.NetA(), small, replace(SHORT, batch_size=601))
 
 
+def test_another_head_is_refused_in_one_line(small):
+    net = models.NetA()
+    net.c11 = nn.Sequential(nn.Dropout(0.1), nn.Conv2d(32, 10, 1))
+    with pytest.raises(TypeError, match=r"^c11 is a Sequential; give a Conv2d, as in models.Net$"):
+        Trainer(net, small, SHORT)
+
+
+def test_there_are_no_more_epochs_than_the_schedule_has(small):
+    trainer = Trainer(models.NetA(widths=NARROW), small, replace(SHORT, epochs=1))
+    run_epoch(trainer)
+    with pytest.raises(ValueError, match=r"^all epochs are done; settings.epochs is 1$"):
+        run_epoch(trainer)
+    longer = replace(SHORT, epochs=3)
+    resumed = Trainer(models.NetA(widths=NARROW), small, longer)
+    resumed.load_state_dict(trainer.state_dict())
+    assert resumed.epochs_left == 2
+
+
 def test_a_net_for_fewer_classes_than_the_data_has_is_refused(small):
     many = replace(small, classes=tuple(map(str, range(100))))
     with pytest.raises(ValueError, match=rf"^classes is 10; {small.name} has 100$"):
@@ -366,18 +389,18 @@ def test_the_fused_step_says_why_it_does_not_run(small, monkeypatch, capsys):
     monkeypatch.setattr(kernels, "reason_against_device", lambda device: "the GPU is too old")
     cuda, net = torch.device("cuda"), models.NetA()
     for _ in range(2):
-        assert pick_kernels(net, cuda) is None
+        assert not takes_fused_step(net, cuda)
     assert capsys.readouterr().out == "training without the fused step: the GPU is too old\n"
     monkeypatch.setattr(kernels, "reason_against_device", lambda device: "")
-    assert pick_kernels(net, cuda) is kernels
-    assert pick_kernels(net, cuda, fused=False) is None
+    assert takes_fused_step(net, cuda)
+    assert not takes_fused_step(net, cuda, fused=False)
     net.C4.activation = nn.ReLU()
-    assert pick_kernels(net, cuda) is None
+    assert not takes_fused_step(net, cuda)
     assert capsys.readouterr().out.startswith("training without the fused step: its layers are not those of models.Net")
     monkeypatch.setitem(sys.modules, "engine.kernels", None)
     monkeypatch.delattr("engine.kernels")
-    assert pick_kernels(models.NetA(), cuda) is None
-    assert capsys.readouterr().out == "training without the fused step: Triton is not installed\n"
+    assert not takes_fused_step(models.NetA(), cuda)
+    assert "training without the fused step: Triton can't be imported (" in capsys.readouterr().out
 
 
 def test_a_step_leaves_no_global_setting_behind(small, monkeypatch):

@@ -14,7 +14,7 @@ import models
 import utils
 from engine import fast, records
 from engine.data import synthetic_data
-from engine.trainer import OPTIMIZERS, Trainer
+from engine.trainer import OPTIMIZERS, Trainer, print_once
 from experiments.variants import Experiment
 from utils import Settings
 
@@ -55,7 +55,9 @@ def test_captured_eager_and_repeated_runs_agree_bit_for_bit(name, data, monkeypa
 
 
 def test_a_gpu_takes_the_fused_step_by_itself_and_says_why_where_it_does_not(data, capsys):
+    print_once.cache_clear()
     assert Trainer(utils.build("NetA", SHORT), data, SHORT).fused
+    capsys.readouterr()  # of the compiler
     assert not Trainer(utils.build("NetA", SHORT), data, SHORT, fused=False).fused
     assert capsys.readouterr().out == ""
     one = Experiment(net="NetB", layer_variant="C")

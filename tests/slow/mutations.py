@@ -151,8 +151,8 @@ MUTATIONS = [
     (
         "a row of a sweep says that its run diverged",
         "experiments/run.py",
-        ", diverged=bool(trainer.diverged)",
-        "",
+        "        diverged = bool(trainer.diverged)\n",
+        "        diverged = False\n",
         f"{RUN}::test_a_run_that_diverged_is_noted_and_not_run_again",
     ),
     (
@@ -395,8 +395,8 @@ MUTATIONS = [
     (
         "a net that the kernels do not know is not trained by them",
         "engine/trainer.py",
-        "    return None if reason else kernels\n",
-        "    return kernels\n",
+        "    return not reason\n",
+        "    return True\n",
         f"{TRAINER}::test_the_fused_step_says_why_it_does_not_run",
     ),
     (
