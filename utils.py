@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from scipy import stats
 from torch import nn
 from tqdm import tqdm
 
@@ -24,6 +23,7 @@ from engine import fast, files, records
 from engine.data import check_images, normalize
 from engine.figures import COLORS, save_figure, title
 from engine.probe import eval_mode
+from engine.statistics import contrast
 from engine.trainer import OPTIMIZERS, Trainer, takes_fused_step
 from models import NORM_OF, show, whole_number
 
@@ -251,7 +251,7 @@ def finish(name, net, data, settings, history, study, seconds, diverged=False, f
         "dataset": data.name,
         "net": name,
         "norm": net.norm,
-        **statistics_columns(net.norm, net.groups, settings.batch_size),
+        **records.statistics_columns(net.norm, net.groups, settings.batch_size),
         "widths": " ".join(map(str, net.widths)),
         "activation": "SiLU",
         "initial_weights": "",
@@ -271,15 +271,6 @@ def finish(name, net, data, settings, history, study, seconds, diverged=False, f
     return Run(net, history, scores, row)
 
 
-def statistics_columns(norm, groups, batch_size):
-    """Return the columns of results/runs.csv that say over what a published net's norm takes its statistics."""
-    return {
-        "layer_variant": "C,H,W" if norm == "layer" else "",
-        "groups": {"layer": 1, "group": groups}.get(norm, ""),
-        "statistics_batch": batch_size if norm == "batch" else "",
-    }
-
-
 def save_runs(runs, data, folder):
     """Write one net's runs under `folder`: rows, histories, and the first seed's weights and mistakes.
 
@@ -297,12 +288,6 @@ def save_runs(runs, data, folder):
         (folder / "checkpoints" / f"{name}-{one.row['seed']}.pt").unlink(missing_ok=True)
 
 
-def mixed_settings(rows):
-    """List the columns of settings, without the seed, in which rows of results/runs.csv of one net differ."""
-    settings = rows.columns.difference(records.MEASURED | {"seed", "net"}, sort=False)
-    return [name for name in settings if rows.groupby("net")[name].nunique(dropna=False).max() > 1]
-
-
 def summarize(rows):
     """Tabulate rows of results/runs.csv, a line per net and setting: accuracies in percent, n seeds.
 
@@ -311,7 +296,7 @@ def summarize(rows):
     rows = pd.DataFrame(rows)
     for name in ("train_accuracy", "test_accuracy"):  # without one: runs that diverged, or of the validation split
         rows[name] = pd.to_numeric(rows[name], errors="coerce")
-    keys = dict.fromkeys(["net", "norm", "study", "epochs", "augment", "parameters", *mixed_settings(rows)])
+    keys = dict.fromkeys(["net", "norm", "study", "epochs", "augment", "parameters", *records.mixed_settings(rows)])
     table = rows.groupby(list(keys), sort=False, dropna=False).agg(
         test_accuracy=("test_accuracy", "mean"),
         std=("test_accuracy", "std"),
@@ -321,20 +306,6 @@ def summarize(rows):
     )
     table = table.round({"test_accuracy": 2, "std": 2, "train_accuracy": 2, "seconds": 1}).reset_index()
     return table.drop(columns=[key for key in ("study", "augment") if set(table[key]) <= {"main", "short", "none"}])
-
-
-def welch(first, second):
-    """Return mean(first) - mean(second) and its 95% interval (Welch 1947), as (difference, low, high).
-
-    The interval is nan unless both have two values or more.
-    """
-    first, second = (torch.as_tensor(list(values), dtype=torch.float64).numpy() for values in (first, second))
-    if len(first) == 0 or len(second) == 0:
-        raise ValueError("a set of runs to compare is empty; give at least one run each")
-    low, high = math.nan, math.nan
-    if min(len(first), len(second)) > 1:
-        low, high = stats.ttest_ind(first, second, equal_var=False).confidence_interval()
-    return first.mean() - second.mean(), low, high
 
 
 def compare(rows, pairs=(("batch", "layer"), ("batch", "group"), ("group", "layer"))):
@@ -349,7 +320,7 @@ def compare(rows, pairs=(("batch", "layer"), ("batch", "group"), ("group", "laye
         own = rows[rows["norm"] == norm]
         if own.empty:
             raise ValueError(f"no row has the norm {norm!r}; there are {', '.join(sorted(set(rows['norm'])))}")
-        if mixed := mixed_settings(own):
+        if mixed := records.mixed_settings(own):
             raise ValueError(f"the rows of {norm} norm differ in {', '.join(mixed)}; compare rows of one setting")
         if own["seed"].astype(str).duplicated().any():
             raise ValueError(f"the rows of {norm} norm hold a seed twice; give each run once")
@@ -362,10 +333,10 @@ def compare(rows, pairs=(("batch", "layer"), ("batch", "group"), ("group", "laye
             raise ValueError(f"rows to compare differ in {name}: {', '.join(map(str, rows[name].unique()))}")
     lines = []
     for first, second in pairs:
-        difference, low, high = welch(accuracy[first], accuracy[second])
+        found = contrast(accuracy[first], accuracy[second])._asdict()
         n = min(len(accuracy[first]), len(accuracy[second]))
-        lines.append({"pair": f"{first} minus {second}", "points": difference, "low": low, "high": high, "n": n})
-    return pd.DataFrame(lines).set_index("pair").round(2)
+        lines.append({"pair": f"{first} minus {second}"} | found | {"n": n})
+    return pd.DataFrame(lines).set_index("pair").drop(columns="p").round(2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -81,6 +81,21 @@ def check_writable(path):
         _table(path, content)
 
 
+def statistics_columns(norm, groups, batch_size):
+    """Return the columns of results/runs.csv that say over what a published net's norm takes its statistics."""
+    return {
+        "layer_variant": "C,H,W" if norm == "layer" else "",
+        "groups": {"layer": 1, "group": groups}.get(norm, ""),
+        "statistics_batch": batch_size if norm == "batch" else "",
+    }
+
+
+def mixed_settings(rows):
+    """List the columns of settings, without the seed, in which rows of results/runs.csv of one net differ."""
+    settings = rows.columns.difference(MEASURED | {"seed", "net"}, sort=False)
+    return [name for name in settings if rows.groupby("net")[name].nunique(dropna=False).max() > 1]
+
+
 def read_rows(path, texts=False):
     """Return the rows of a CSV file as a DataFrame, without any when it is absent.
 

@@ -7,6 +7,7 @@ from torch import nn
 
 import models
 import utils
+from engine import records
 from models import NORM_OF
 
 SIDES = {"C1": 32, "C2": 32, "C4": 16, "C5": 16, "C6": 16, "C8": 8, "C9": 8, "C10": 8}  # pixels, height and width
@@ -109,7 +110,7 @@ class Experiment(utils.Settings):
 
     def columns(self):
         """Return what tells this run apart in results/runs.csv, as {column: text}."""
-        published = utils.statistics_columns(NORM_OF[self.net], 4, self.batch_size)
+        published = records.statistics_columns(NORM_OF[self.net], 4, self.batch_size)
         variant = {name: getattr(self, name) or value for name, value in published.items()}
         columns = asdict(self) | variant | {"widths": " ".join(map(str, self.widths))}
         return {name: str(value) for name, value in columns.items()}

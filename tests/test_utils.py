@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.colors import same_color
 from PIL import Image
-from scipy import stats
 
 import models
 import utils
 from engine import fast, records
 from engine.data import Data, normalize
 from engine.figures import COLORS
+from engine.statistics import contrast
 from engine.trainer import Trainer
 from utils import Scores, Settings
 
@@ -612,10 +612,14 @@ def test_rows_of_short_validation_and_diverged_runs(tiny):
 
 
 def test_columns_say_over_what_a_norm_takes_its_statistics():
-    assert utils.statistics_columns("batch", 4, 500) == {"layer_variant": "", "groups": "", "statistics_batch": 500}
-    assert utils.statistics_columns("layer", 4, 500) == {"layer_variant": "C,H,W", "groups": 1, "statistics_batch": ""}
-    assert utils.statistics_columns("group", 4, 500) == {"layer_variant": "", "groups": 4, "statistics_batch": ""}
-    assert set(utils.statistics_columns("none", 4, 500).values()) == {""}
+    assert records.statistics_columns("batch", 4, 500) == {"layer_variant": "", "groups": "", "statistics_batch": 500}
+    assert records.statistics_columns("layer", 4, 500) == {
+        "layer_variant": "C,H,W",
+        "groups": 1,
+        "statistics_batch": "",
+    }
+    assert records.statistics_columns("group", 4, 500) == {"layer_variant": "", "groups": 4, "statistics_batch": ""}
+    assert set(records.statistics_columns("none", 4, 500).values()) == {""}
 
 
 def test_runs_are_saved_and_leave_no_checkpoint(tiny, two_runs):
@@ -697,38 +701,12 @@ def test_the_nets_learning_rates_are_no_mixture():
     assert "learning_rate" not in table
 
 
-samples = st.lists(st.floats(80, 90), min_size=2, max_size=10).filter(lambda values: np.std(values) > 0.01)
-
-
-@given(samples, samples)
-def test_welch_equals_scipys_interval(first, second):
-    expected = stats.ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
-    difference, low, high = utils.welch(pd.Series(first), second)
-    assert difference == pytest.approx(np.mean(first) - np.mean(second), abs=1e-9)
-    assert (low, high) == pytest.approx((expected.low, expected.high))
-    assert low < difference < high
-
-
-def test_welch_by_the_formula():
-    """With the degrees of freedom that Welch 1947 gives."""
-    first, second = [86.0, 87.0, 88.5], [85.0, 86.5, 86.0]
-    a, b = np.var(first, ddof=1) / 3, np.var(second, ddof=1) / 3
-    freedom = (a + b) ** 2 / (a**2 / 2 + b**2 / 2)
-    half = stats.t.ppf(0.975, freedom) * math.sqrt(a + b)
-    difference, low, high = utils.welch(first, second)
-    assert difference == pytest.approx(4 / 3)
-    assert (low, high) == pytest.approx((difference - half, difference + half))
-
-
 def test_a_set_of_one_run_has_no_interval_and_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert utils.welch([86.0], [85.0, 84.0])[0] == 1.5
-        assert np.isnan(utils.welch([86.0], [85.0, 84.0])[1:]).all()
         table = utils.compare(rows_of("NetA", [86.0]) + rows_of("NetB", [85.0]), [("batch", "layer")])
     assert table.loc["batch minus layer", "points"] == 1.0
     assert table.loc["batch minus layer", ["low", "high"]].isna().all()
-    refuses(lambda: utils.welch([], [85.0]), "a set of runs to compare is empty; give at least one run each")
 
 
 def test_comparison_is_in_percentage_points():
@@ -737,7 +715,7 @@ def test_comparison_is_in_percentage_points():
     table = utils.compare(rows)
     assert list(table.index) == ["batch minus layer", "batch minus group", "group minus layer"]
     assert list(table.columns) == ["points", "low", "high", "n"]
-    assert table.loc["batch minus layer"].tolist() == [*np.round(utils.welch(values["NetA"], values["NetB"]), 2), 3]
+    assert table.loc["batch minus layer"].tolist() == [*np.round(contrast(values["NetA"], values["NetB"])[:3], 2), 3]
     assert table.loc["batch minus layer", "points"] == 1.42
     assert utils.compare(rows, [("layer", "batch")]).loc["layer minus batch", "points"] == -1.42
 

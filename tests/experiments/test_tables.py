@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from experiments import tables
-from experiments.tables import contrast, decimal_round, show
+from experiments.tables import decimal_round, show
 
 ROWS = tables.read_results()
 NETS = {"NetA": "batch", "NetB": "layer", "NetC": "group", "Net": "none"}
@@ -55,29 +55,6 @@ def test_a_claim_prints_its_sentence_or_raises(capsys):
         tables.claim("one is more than two", np.bool_(1 > 2))
     with pytest.raises(ValueError, match="ambiguous"):
         tables.claim("each of them is", pd.Series([True, False]))
-
-
-def test_a_contrast_of_two_is_welchs_test():
-    first, second = [86.1, 86.9, 87.4, 86.2], [85.0, 85.9, 85.1, 84.2, 85.5]
-    found, test = contrast(first, second), stats.ttest_ind(first, second, equal_var=False)
-    low, high = test.confidence_interval()
-    assert found == pytest.approx((np.mean(first) - np.mean(second), low, high, test.pvalue))
-
-
-def test_a_contrast_of_four_compares_two_differences():
-    """Its standard error adds the four; with equal sizes and spreads there are 4 (n - 1) degrees of freedom."""
-    base = np.array([-1.0, 0.0, 0.5, 0.5])
-    found = contrast(base + 5, base + 1, base + 3, base + 2, weights=(1, -1, -1, 1))
-    error = (4 * base.var(ddof=1) / 4) ** 0.5
-    reach = stats.t.ppf(0.975, 12) * error
-    assert found == pytest.approx((3, 3 - reach, 3 + reach, 2 * stats.t.sf(3 / error, 12)))
-
-
-@pytest.mark.parametrize("samples", [([1.0, 2.0], [3.0]), ([1.0, 1.0], [3.0, 3.0])])
-def test_a_contrast_without_spread_has_no_interval(samples):
-    found = contrast(*samples)
-    assert found.points == pytest.approx(np.mean(samples[0]) - 3)
-    assert np.isnan(found[1:]).all()
 
 
 def test_holm_multiplies_by_the_number_that_is_left():
