@@ -196,7 +196,8 @@ def plot_scaling(bench):
             axis.plot(line["dram_model_seconds"], ":", color=COLORS[norm])
         axis.set(title=label, xscale="log", yscale="log")
         axis.minorticks_off()
-        axis.set_xticks(line.index, [f"{count:,}" for count in line.index], fontsize=8)
+        labels = [f"{count:,}" if place % 2 == 0 or len(line) < 7 else "" for place, count in enumerate(line.index)]
+        axis.set_xticks(line.index, labels, fontsize=8)
     axes[0].set_yticks(ticks := [0.01, 0.03, 0.1, 0.3, 1], ticks)
     axes[0].set_ylabel("seconds per epoch")
     handles, labels = axes[0].get_legend_handles_labels()
