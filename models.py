@@ -148,7 +148,7 @@ def param_groups(net, weight_decay):
     All convolutions but c11 decay, and `Muon` orthogonalizes their updates. Scales, shifts and c11 do neither.
     """
     modules = [module for module in net.modules() if isinstance(module, nn.Conv2d) and module is not net.c11]
-    decaying = {p for module in modules for p in module.parameters() if p.ndim == 4}
+    decaying = {p for module in modules for p in module.parameters() if p.shape == module.weight.shape}
     convolutions = [p for p in net.parameters() if p in decaying]
     rest = [p for p in net.parameters() if p not in decaying]
     return [

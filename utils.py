@@ -116,8 +116,7 @@ def train(net, data, settings, label="", track=True, fused=None, checkpoint=None
 
     The history's keys are epoch (from 1), loss (with label smoothing) and train_accuracy (both while training),
     test_accuracy (nan unless `track`), learning_rate (of the last step), seconds (of training alone) and elapsed
-    (seconds from the start, pauses left out). The same settings, machine, torch, Triton and number of threads give the
-    same weights, bit for bit.
+    (seconds from the start, without pauses). Equal settings, machine, torch, Triton and thread count give equal weights.
 
     ValueError when a batch is larger than the training split, or the checkpoint is damaged or of another run;
     TypeError unless `net` is a models.Net; MemoryError when a batch takes more than the GPU has; FloatingPointError
@@ -185,12 +184,11 @@ def test(net, images, labels):
 
     `net` keeps its mode, training or eval, module by module.
     """
-    check_images(images, labels, classes=2**63)
+    check_images(images, labels, classes=getattr(getattr(net, "c11", None), "out_channels", 2**63))
     size = 100 if images.device.type == "cpu" else 2500  # images at once: on a CPU, what its cache holds
     flags = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-    with eval_mode(net), flags:
+    with eval_mode(net), flags, torch.autocast(images.device.type, enabled=False):
         logits = torch.cat([net(normalize(part)) for part in images.split(size)])
-    check_images(images, labels, classes=logits.shape[1])
     confidences, predictions = logits.softmax(1).max(1)
     return Scores(
         loss=F.cross_entropy(logits, labels).item(),
@@ -225,6 +223,7 @@ def run(name, data, settings, study="main", track=True, checkpoints=None):
 
     checkpoints  folder for the run's checkpoint, which `save_runs` removes
     """
+    records.code_commit()  # of the code that runs, whatever is edited while it does
     net = build(name, settings, classes=len(data.classes))
     label = f"{name} {net.norm} norm, seed {settings.seed}" + (f" [{data.name}]" if data.synthetic else "")
     checkpoint = checkpoints and Path(checkpoints) / f"{name}-{settings.seed}.pt"
@@ -311,8 +310,7 @@ def summarize(rows):
 def compare(rows, pairs=(("batch", "layer"), ("batch", "group"), ("group", "layer"))):
     """Tabulate differences in test accuracy between norms, in percentage points, with Welch's 95% interval.
 
-    ValueError when a norm of `pairs` has no row, rows of several settings, a seed twice, or a run without a test
-    accuracy, and when the norms' rows differ in study, data set, epochs or augmentation.
+    ValueError for a norm without rows, rows of several settings or without a test accuracy, and a seed that is twice.
     """
     rows = pd.DataFrame(rows)
     accuracy = {}
@@ -333,9 +331,9 @@ def compare(rows, pairs=(("batch", "layer"), ("batch", "group"), ("group", "laye
             raise ValueError(f"rows to compare differ in {name}: {', '.join(map(str, rows[name].unique()))}")
     lines = []
     for first, second in pairs:
-        found = contrast(accuracy[first], accuracy[second])._asdict()
-        n = min(len(accuracy[first]), len(accuracy[second]))
-        lines.append({"pair": f"{first} minus {second}"} | found | {"n": n})
+        one, other = accuracy[first], accuracy[second]
+        line = {"pair": f"{first} minus {second}"} | contrast(one, other)._asdict()
+        lines.append(line | {"n": min(len(one), len(other))})
     return pd.DataFrame(lines).set_index("pair").drop(columns="p").round(2)
 
 
@@ -374,6 +372,8 @@ def plot_mistakes(run, data, path=None, votes=None):
     votes  (N, classes) counts of what people answered for each test image, from `engine.data.human_votes`
     """
     labels, scores = data.test_labels.cpu(), run.scores
+    if votes is not None and (data.split != "test" or votes.shape != (len(labels), len(data.classes))):
+        raise ValueError(f"votes are for other images than those of {data.name}, {data.split} split; leave them out")
     chosen = most_confident_mistakes(scores.predictions, scores.confidences, labels).tolist()
     figure, axes = plt.subplots(5, 4, figsize=(8, 9.2), width_ratios=(1, 1.5) * 2, layout="constrained")
     heading = f"The {len(chosen)} most confident mistakes" if chosen else "No mistakes"
@@ -396,5 +396,5 @@ def plot_mistakes(run, data, path=None, votes=None):
 
 def describe_votes(votes, classes, most=2):
     """Return what people answered for an image, the commonest first: "25 frog, 24 cat"."""
-    order = votes.argsort(descending=True, stable=True)[:most]
-    return ", ".join(f"{votes[i]} {classes[i]}" for i in order if votes[i])
+    commonest = votes.argsort(descending=True, stable=True)[:most]
+    return ", ".join(f"{votes[i]} {classes[i]}" for i in commonest if votes[i])

@@ -35,18 +35,37 @@ def low_precision_copy(net, dtype):
     for name, module in net.named_modules():
         if type(module) is nn.BatchNorm2d:
             copied.set_submodule(name, module)
-        elif type(module) is nn.GroupNorm and module.affine:
+        elif type(module) is nn.GroupNorm and module.affine and not has_own_code(module):
             copied.set_submodule(name, ChannelsLastGroupNorm(module))
         elif name and any(True for _ in module.buffers(recurse=False)):
             copied.set_submodule(name, InFloat32(module))
+    for name, buffer in net.named_buffers(recurse=False):
+        setattr(copied, name, buffer)
     if type(net).forward is not models.Net.forward:
         return copied
     for (name, conv), (next_name, pool) in itertools.pairwise(list(copied.named_children())):
-        form = [getattr(conv, key, None) for key in ("kernel_size", "stride", "padding")]
-        if type(conv) is nn.Conv2d and form == [(1, 1), (1, 1), (0, 0)] and repr(pool) == repr(nn.AvgPool2d(2)):
+        plain = type(conv) is nn.Conv2d and equals(conv, nn.Conv2d(conv.in_channels, conv.out_channels, 1))
+        if plain and equals(pool, nn.AvgPool2d(2)):
             copied.set_submodule(name, AvgPool2x2())  # what is called c3 is a pool from here on
             copied.set_submodule(next_name, conv)
     return copied
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def has_own_code(module):
+    """Return whether a module has hooks, or a forward that was set on it alone."""
+    return "forward" in vars(module) or any(getattr(module, name) for name in HOOKS)
+
+
+def equals(module, stock):
+    """Return whether a module is one of PyTorch's like `stock`: of the same class, settings and code."""
+
+    def settings(module):
+        return {name: value for name, value in vars(module).items() if name[0] != "_" and name != "training"}
+
+    return type(module) is type(stock) and settings(module) == settings(stock) and not has_own_code(module)
 
 
 class InFloat32(nn.Module):

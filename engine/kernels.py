@@ -723,7 +723,6 @@ TILES = {
 }
 AS = {"C6": "C5", "C10": "C9"}  # layers whose tiles are those of another of the same sizes
 SIDES = {"C1": 32, "C2": 32, "C4": 16, "C5": 16, "C6": 16, "C8": 8, "C9": 8, "C10": 8}
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 ASIDE = ("add most partials", "split gradients", "track statistics")  # launches that run beside others
 INNER = {"C4": "c3", "C8": "c7"}  # the 1x1 convolution before each, after a 2x2 pool
 PIECE, PART = 256, 64  # elements of a program of compose_weights and of add_partials
@@ -733,11 +732,14 @@ def reason_against(net):
     """Return why `FusedNet` can't stand for `net`, in a few words, or "" where it can."""
     with torch.random.fork_rng(devices=[]):  # to build a net draws random numbers
         twin = models.Net("none", widths=net.widths, classes=net.c11.out_channels, in_channels=3)
-    if type(net).forward is not models.Net.forward or described(net) != described(twin):
+    if any(map(fast.has_own_code, net.modules())):
+        return "it has hooks, or a forward of its own"
+    modules, stock = without_norms(net), without_norms(twin)
+    alike = type(net).forward is models.Net.forward and list(modules) == list(stock)
+    alike = alike and all([*module.children()] or fast.equals(module, stock[name]) for name, module in modules.items())
+    parameters, wanted = ([name for name, _ in one.named_parameters() if ".norm." not in name] for one in (net, twin))
+    if not alike or parameters != wanted:  # a parameter that is shared is there once
         return "its layers are not those of models.Net with SiLU, for three colors"
-    for module in net.modules():
-        if "forward" in vars(module) or any(getattr(module, name, None) for name in HOOKS):
-            return "it has hooks, or a forward of its own"
     for name in SIDES:
         norm = net.get_submodule(name).norm
         if type(norm) not in (nn.BatchNorm2d, nn.GroupNorm, models.ScaleShift):
@@ -753,13 +755,9 @@ def reason_against(net):
     return ""
 
 
-def described(net):
-    """Return the names of a net's parameters and its modules, in words, but for its norms."""
-    modules = [(name, module) for name, module in net.named_modules() if name and not name.endswith(".norm")]
-    parameters = [
-        name for name, _ in net.named_parameters() if ".norm." not in name
-    ]  # one that is shared is there once
-    return parameters, [(name, type(m).__name__ if [*m.children()] else repr(m)) for name, m in modules]
+def without_norms(net):
+    """Return a net's modules by name, without itself and its norms."""
+    return {name: module for name, module in net.named_modules() if name and not name.endswith(".norm")}
 
 
 @functools.cache

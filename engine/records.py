@@ -54,10 +54,13 @@ def upsert(path, rows, key=None):
         header, *old = [[]] if content is None else _table(path, content)
         old = [dict(zip(header, row, strict=True)) for row in old]
         columns = list(dict.fromkeys([*header, *(name for row in new for name in row)]))
+        unique = key is None  # a key that is named may be that of many rows
         key = list(key or [name for name in columns if name not in MEASURED]) or ["seed"]
         for name in (name for row in new for name in key if name not in row):
             raise ValueError(f"{path}: a new row has no {name!r}, which tells rows apart; give it a value")
         replaced = {_key_of(row, key) for row in new}
+        if unique and len(replaced) < len(new):
+            raise ValueError(f"{path}: two new rows are of the same run; give each once")
         kept = [row for row in old if _key_of(row, key) not in replaced]
         with open(temporary, "w", newline="", encoding="utf-8") as file:
             table = [columns, *([row.get(name, "") for name in columns] for row in kept + new)]

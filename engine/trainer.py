@@ -93,8 +93,8 @@ class Trainer:
     fused    whether to take the step of engine.kernels, see `takes_fused_step`
     stream   number of the CUDA stream: nets that train at the same time need one each
     TypeError for another kind of net, or of c11; ValueError when a batch is larger than the training split, the net has
-    fewer classes than the data, or a parameter is frozen or not float32. Nets with random layers do not resume bit for
-    bit.
+    fewer classes than the data, or a parameter is frozen, not float32 or has a hook. Nets with random layers do not
+    resume bit for bit.
     """
 
     def __init__(self, net, data, settings, fused=None, capture=True, stream=0):
@@ -114,6 +114,8 @@ class Trainer:
             if parameter.dtype != torch.float32 or not parameter.requires_grad:
                 state = f"of {parameter.dtype}" if parameter.requires_grad else "frozen"
                 raise ValueError(f"{name} is {state}; give a net whose parameters are all float32 and trained")
+            if parameter._backward_hooks:
+                raise ValueError(f"{name} has a hook, which would not be called; remove it")
         net.to(device, memory_format=torch.channels_last).train()
         self.dtype = fast.pick_precision(device)
         self.diverged = torch.zeros((), device=device)  # 1 from the first step on whose gradients are not finite
@@ -173,11 +175,16 @@ class Trainer:
 
     def step(self):
         """Take one training step; from the first step with a gradient that is not finite on, change no parameter."""
-        if self.fused:
-            self.fused(*self.fused_state.begin())
-            self.update()
-            self.fused_state.end()
-            return
+        with torch.autocast(self.order.device.type, enabled=False):  # which whoever calls this may have on
+            if self.fused:
+                self.fused(*self.fused_state.begin())
+                self.update()
+                self.fused_state.end()
+            else:
+                self.pytorch_step()
+
+    def pytorch_step(self):
+        """Take `step` by PyTorch's kernels."""
         images, labels = self.batch()
         for parameter in self.model.parameters():
             parameter.grad = None

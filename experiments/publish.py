@@ -100,7 +100,7 @@ def check_rows(rows, commit):
         if seeds != list(range(SEEDS)):
             raise Refused(f"{net} has the seeds {seeds}; 0 to {SEEDS - 1} are published")
     wanted = {"study": "main", "split": "test", "status": "done", "epochs": str(utils.MAX_EPOCHS)}
-    wanted |= {"dataset": "CIFAR-10", "step": "fused"}
+    wanted |= {"dataset": "CIFAR-10", "step": "fused", "train_images": "50000", "precision": "float16"}
     for net, own in rows.groupby("net"):
         settings = asdict(utils.Settings(learning_rate=utils.LEARNING_RATES[net]))
         settings = {name: str(value) for name, value in settings.items() if name not in ("seed", "epochs")}
@@ -111,6 +111,9 @@ def check_rows(rows, commit):
         raise Refused(f"a row has test_accuracy {found!r}; a number from 0 to 100 is published")
     for found in rows["device"][rows["device"].str.match("cpu|$")]:
         raise Refused(f"a row has device {found!r}; runs on a GPU are published")
+    for name in ("device", "torch"):
+        if rows[name].nunique() > 1:
+            raise Refused(f"the rows have several {name}s: {', '.join(sorted(set(rows[name])))}; one is published")
     commits = set(rows["commit"])
     if len(commits) > 1 or not all(re.fullmatch("[0-9a-f]{7,40}", one) for one in commits):
         raise Refused(f"the rows name the commit {', '.join(sorted(commits))}; one clean commit is published")

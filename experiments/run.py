@@ -135,6 +135,7 @@ def main(arguments=None):
         if options.commit:
             records.set_commit(options.commit)
         records.check_writable(RUNS)  # before hours of training
+        records.code_commit()
         data = load_data(utils.pick_device(), "cifar10", ROOT / "data")
     except (ValueError, OSError) as error:
         parser.error(str(error))

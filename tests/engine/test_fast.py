@@ -107,6 +107,11 @@ class Doubled(nn.GroupNorm):
     "change",
     [
         lambda net: setattr(net, "P1", nn.MaxPool2d(2)),
+        lambda net: setattr(net, "P1", nn.AvgPool2d(2, divisor_override=1)),
+        lambda net: setattr(net.P1, "forward", nn.MaxPool2d(2)),
+        lambda net: net.P2.register_forward_hook(lambda module, inputs, output: 2 * output),
+        lambda net: net.c3.register_forward_hook(lambda module, inputs, output: output.relu()),
+        lambda net: net.C1.norm.register_forward_hook(lambda module, inputs, output: 2 * output),
         lambda net: setattr(net, "c3", nn.Sequential(net.c3, nn.SiLU())),
         lambda net: setattr(net, "c7", nn.Conv2d(24, 24, 1, stride=2)),
         lambda net: setattr(net.C5, "norm", Doubled(4, 24)),
@@ -136,8 +141,9 @@ class PlainBatchNorm(nn.BatchNorm2d):
 def test_a_norm_that_is_written_out_is_computed_in_float32():
     net = models.NetB()
     net.C5.norm = PlainBatchNorm(24)
-    net.register_buffer("unused", torch.zeros(1))
+    net.register_buffer("own", torch.zeros(1))
     copied = fast.low_precision_copy(net, torch.bfloat16)
+    assert copied.own is net.own
     assert copied(torch.randn(8, 3, 32, 32).bfloat16()).dtype == torch.bfloat16
     assert copied.C5.norm.module is net.C5.norm
 

@@ -241,6 +241,16 @@ def test_a_trainer_trains_as_it_does_without_the_kernels(name, optimizer):
     assert (found[0][1] - found[1][1]).norm() <= limit * found[1][1].norm()
 
 
+class Centered(torch.nn.Conv2d):
+    """Called Conv2d by whoever prints it."""
+
+    def forward(self, x):
+        return self._conv_forward(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+
+
+Centered.__name__ = "Conv2d"
+
+
 @interpreted
 def test_a_net_that_the_kernels_do_not_compute_is_turned_down_with_a_reason():
     images, labels, _ = make_batch(1)
@@ -257,6 +267,8 @@ def test_a_net_that_the_kernels_do_not_compute_is_turned_down_with_a_reason():
         "averages over all": changed(lambda net: setattr(net.C4.norm, "momentum", None)),
         "layers are not those": changed(lambda net: setattr(net.C4, "activation", torch.nn.ReLU())),
         "three colors": models.Net("batch", in_channels=1),
+        "layers are not those of": changed(lambda net: setattr(net, "P1", torch.nn.AvgPool2d(2, divisor_override=1))),
+        "its layers are not": changed(lambda net: setattr(net.C4, "conv", Centered(24, 24, 3, padding=1, bias=False))),
         "it has hooks": changed(lambda net: net.C4.register_forward_hook(print)),
         "a forward of its own": changed(lambda net: setattr(net.C4.conv, "forward", print)),
         "layers are not": changed(lambda net: setattr(net.C6.conv, "weight", net.C5.conv.weight)),

@@ -359,6 +359,22 @@ def test_frozen_parameters_and_other_types_are_refused_by_name(small):
         Trainer(net, small, SHORT)
     with pytest.raises(ValueError, match=r"^C1.conv.weight is of torch.bfloat16; give a net"):
         Trainer(models.NetA().bfloat16(), small, SHORT)
+    net = models.NetA()
+    net.c11.weight.register_hook(lambda gradient: 0 * gradient)
+    with pytest.raises(ValueError, match=r"^c11.weight has a hook, which would not be called; remove it$"):
+        Trainer(net, small, SHORT)
+
+
+def test_autocast_changes_nothing(small, float32):
+    settings = replace(SHORT, epochs=1)
+    found = []
+    for enabled in (False, True):
+        net = utils.build("NetB", settings, widths=NARROW)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            run_epoch(Trainer(net, small, settings))
+            found.append((weights(net), utils.test(net, small.test_images, small.test_labels).loss))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
 
 
 def test_a_scale_of_four_dimensions_is_no_convolution(small):
@@ -372,9 +388,12 @@ def test_a_scale_of_four_dimensions_is_no_convolution(small):
 
     net = models.Net("layer")
     net.C5.norm = Scaled(24)
+    net.C5.conv.gain = nn.Parameter(torch.ones(24, 1, 1, 1))
     convolutions, rest = (group["params"] for group in models.param_groups(net, 0.5))
     assert len(convolutions) == 10
     assert any(parameter is net.C5.norm.scale for parameter in rest)
+    assert any(parameter is net.C5.conv.gain for parameter in rest)
+    del net.C5.conv.gain
     run_epoch(Trainer(net, small, SHORT))
 
 
