@@ -59,8 +59,8 @@ def upsert(path, rows, key=None):
         for name in (name for row in new for name in key if name not in row):
             raise ValueError(f"{path}: a new row has no {name!r}, which tells rows apart; give it a value")
         replaced = {_key_of(row, key) for row in new}
-        if unique and len(replaced) < len(new):
-            raise ValueError(f"{path}: two new rows are of the same run; give each once")
+        if unique and len(replaced) < len({tuple(row.items()) for row in new}):
+            raise ValueError(f"{path}: two new rows are of the same run and differ; give each run once")
         kept = [row for row in old if _key_of(row, key) not in replaced]
         with open(temporary, "w", newline="", encoding="utf-8") as file:
             table = [columns, *([row.get(name, "") for name in columns] for row in kept + new)]

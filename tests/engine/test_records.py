@@ -1151,3 +1151,11 @@ def test_without_git_the_commit_is_unknown_unless_set(tmp_path, commit_at, monke
     records.code_commit.cache_clear()
     for text in ("", "abc", "HEAD", "abcdef0 ", "abcdef0\n", "ABCDEF0", "a" * 41, None, "abcdef0++"):
         refused(lambda text=text: records.set_commit(text), ValueError, f"commit is {text!r}")
+
+
+def test_two_new_rows_of_one_run_that_differ_are_refused(tmp_path):
+    rows = [{"net": "NetA", "seed": 0, "test_accuracy": accuracy} for accuracy in (86.0, 87.0)]
+    with pytest.raises(ValueError, match="two new rows are of the same run and differ; give each run once"):
+        records.upsert(tmp_path / "runs.csv", rows)
+    assert not (tmp_path / "runs.csv").exists()
+    records.upsert(tmp_path / "runs.csv", rows[:1])
