@@ -8,8 +8,7 @@ They share one chain of layers, 48,042 parameters with the default widths and 10
 
     C1 C2 c3 P1 C4 C5 C6 c7 P2 C8 C9 C10 GAP c11
 
-A capital C is a 3x3 convolution, a norm and an activation (SiLU); a small c is a 1x1 convolution alone; P averages
-2x2 pixels; GAP averages each channel over the image. No skip connections, and no bias but in c11.
+A capital C is a 3x3 convolution, a norm and SiLU; a small c is a 1x1 convolution. P averages 2x2 pixels, GAP the image.
 
 Each norm computes ``(x - mean) / sqrt(variance + 1e-5) * scale + shift`` with one scale and one shift per channel.
 What differs is the axes of the activations (N, C, H, W) over which mean and (in training, biased) variance are taken:
@@ -19,9 +18,8 @@ What differs is the axes of the activations (N, C, H, W) over which mean and (in
     group  C / groups, H, W     one mean per image and group of neighboring channels
     none                        no mean and no variance: the scale and the shift alone, as a control
 
-Layer norm here is ``nn.GroupNorm(1, C)``, not ``nn.LayerNorm([C, H, W])``. Both take the same mean and variance, but
-the latter learns a scale and a shift for every position: 147,456 parameters in this chain instead of 432, three times
-the whole budget of 50,000, and a net tied to one image size.
+Layer norm here is ``nn.GroupNorm(1, C)``. ``nn.LayerNorm([C, H, W])`` takes the same mean and variance, but learns a
+scale and a shift for every position: 147,456 parameters in this chain instead of 432.
 
 This file needs torch alone. In another notebook:
 
@@ -42,7 +40,8 @@ MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)
 STD = torch.tensor([0.2470, 0.2435, 0.2616]).view(3, 1, 1)
 
 NORM_OF = {"NetA": "batch", "NetB": "layer", "NetC": "group", "Net": "none"}  # Net: the control
-CONVOLUTIONS = ("C1", "C2", "c3", "C4", "C5", "C6", "c7", "C8", "C9", "C10")
+CHAIN = ("C1", "C2", "c3", "P1", "C4", "C5", "C6", "c7", "P2", "C8", "C9", "C10", "GAP", "c11")
+CONVOLUTIONS = tuple(name for name in CHAIN if name not in ("P1", "P2", "GAP", "c11"))
 WIDTHS = (16, 32, 24, 24, 24, 24, 24, 32, 32, 32)  # output channels of CONVOLUTIONS, in that order
 
 
@@ -75,8 +74,7 @@ class Net(nn.Sequential):
     classes      number of logits
     in_channels  3 for color images
 
-    H and W should be multiples of 4, since pooling drops what is left over; 32 gives 32x32 in C1 to c3, 16x16 in C4
-    to c7 and 8x8 in C8 to C10.
+    H and W should be multiples of 4, since pooling drops what is left over.
     Raises ValueError for an unknown norm, a wrong number of widths, or groups that do not divide a width.
     """
 
@@ -84,37 +82,21 @@ class Net(nn.Sequential):
         check(norm, groups, widths, classes, in_channels)
         inputs = dict(zip(CONVOLUTIONS, (in_channels, *widths[:-1]), strict=True))
         outputs = dict(zip(CONVOLUTIONS, widths, strict=True))
-
-        def conv3x3(name):
-            return nn.Sequential(
-                OrderedDict(
-                    conv=nn.Conv2d(inputs[name], outputs[name], 3, padding=1, bias=False),
-                    norm=NORMS[norm](outputs[name], groups),
-                    activation=nn.SiLU(),
-                )
-            )
-
-        def conv1x1(name):
-            return nn.Conv2d(inputs[name], outputs[name], 1, bias=False)
-
-        super().__init__(
-            OrderedDict(
-                C1=conv3x3("C1"),
-                C2=conv3x3("C2"),
-                c3=conv1x1("c3"),
-                P1=nn.AvgPool2d(2),
-                C4=conv3x3("C4"),
-                C5=conv3x3("C5"),
-                C6=conv3x3("C6"),
-                c7=conv1x1("c7"),
-                P2=nn.AvgPool2d(2),
-                C8=conv3x3("C8"),
-                C9=conv3x3("C9"),
-                C10=conv3x3("C10"),
-                GAP=nn.AdaptiveAvgPool2d(1),
-                c11=nn.Conv2d(widths[-1], classes, 1),
-            )
-        )
+        layers = OrderedDict()
+        for name in CHAIN:
+            if name in ("P1", "P2"):
+                layers[name] = nn.AvgPool2d(2)
+            elif name == "GAP":
+                layers[name] = nn.AdaptiveAvgPool2d(1)
+            elif name == "c11":
+                layers[name] = nn.Conv2d(widths[-1], classes, 1)
+            elif name.startswith("c"):
+                layers[name] = nn.Conv2d(inputs[name], outputs[name], 1, bias=False)
+            else:
+                conv = nn.Conv2d(inputs[name], outputs[name], 3, padding=1, bias=False)
+                parts = OrderedDict(conv=conv, norm=NORMS[norm](outputs[name], groups), activation=nn.SiLU())
+                layers[name] = nn.Sequential(parts)
+        super().__init__(layers)
         self.norm, self.groups, self.widths = norm, int(groups), tuple(map(int, widths))
 
     def forward(self, x):
@@ -149,8 +131,7 @@ def param_groups(net, weight_decay):
     """
     modules = [module for module in net.modules() if isinstance(module, nn.Conv2d) and module is not net.c11]
     decaying = {p for module in modules for p in module.parameters() if p.shape == module.weight.shape}
-    convolutions = [p for p in net.parameters() if p in decaying]
-    rest = [p for p in net.parameters() if p not in decaying]
+    convolutions, rest = ([p for p in net.parameters() if (p in decaying) == decays] for decays in (True, False))
     return [
         {"params": convolutions, "weight_decay": weight_decay, "use_muon": True},
         {"params": rest, "weight_decay": 0.0, "use_muon": False},
