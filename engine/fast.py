@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import models
+from engine.records import HOOKS
 
 
 def pick_precision(device):
@@ -49,9 +50,6 @@ def low_precision_copy(net, dtype):
             copied.set_submodule(name, AvgPool2x2())  # what is called c3 is a pool from here on
             copied.set_submodule(next_name, conv)
     return copied
-
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def has_own_code(module):

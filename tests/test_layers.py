@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "engine.files": (),
     "engine.muon": (),
     "engine.statistics": (),
-    "engine.fast": ("models",),
+    "engine.fast": ("models", "engine.records"),
     "engine.kernels": ("models", "engine.fast"),
     "engine.tune": ("models", *ENGINE, "engine.kernels"),
     "engine.records": ("engine.files",),
