@@ -75,3 +75,22 @@ def same_number_of_threads():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+def refused(call, error, *parts):
+    """Call, and check that it raises `error` with one line that has all `parts`."""
+    with pytest.raises(error, match=r"\A[^\n]+\Z") as caught:
+        call()
+    for part in parts:
+        assert str(part) in str(caught.value)
+
+
+def as_nobody(call):
+    """Call as a user whom permissions hold back, as they don't root."""
+    if os.geteuid():
+        return call()
+    os.seteuid(65534)
+    try:
+        return call()
+    finally:
+        os.seteuid(0)

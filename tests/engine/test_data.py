@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as TF
+from conftest import as_nobody
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.datasets import CIFAR10, CIFAR100
@@ -446,17 +447,6 @@ def open_folder(folder):
     for path in place.rglob("*"):
         path.chmod(0o755)
     shutil.rmtree(place)
-
-
-def as_nobody(call):
-    """Call as a user whom permissions hold back, as they don't root."""
-    if os.geteuid():
-        return call()
-    os.seteuid(65534)
-    try:
-        return call()
-    finally:
-        os.seteuid(0)
 
 
 @pytest.mark.parametrize("closed", ["file", "folder"])

@@ -19,6 +19,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from conftest import as_nobody, refused
 
 from engine import figures, files, records
 
@@ -30,27 +31,8 @@ def save(path, content=NEW):
     files.save(path, lambda temporary: temporary.write_bytes(content))
 
 
-def refused(call, error, *parts):
-    """Call, and check that it raises `error` with one line that has all `parts`."""
-    with pytest.raises(error, match=r"\A[^\n]+\Z") as caught:
-        call()
-    for part in parts:
-        assert str(part) in str(caught.value)
-
-
 def leftovers(folder):
     return [path.name for path in folder.rglob(".*.part*")]
-
-
-def as_nobody(call):
-    """Call as a user whom permissions hold back, as they don't root."""
-    if os.geteuid():
-        return call()
-    os.seteuid(65534)
-    try:
-        return call()
-    finally:
-        os.seteuid(0)
 
 
 @pytest.fixture
