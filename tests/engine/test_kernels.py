@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import poison
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -61,15 +62,6 @@ def make_batch(count, classes=10):
     chosen = torch.randperm(8)[:count]
     shift, flip = torch.randint(-2, 3, (count, 2)), torch.rand(count) < 0.5
     return images.to(torch.uint8).contiguous(), torch.randint(classes, (8,)), (chosen, shift, flip)
-
-
-def poison(fused):
-    """Fill with NaN what each step has to write before it reads it."""
-    buffers = [fused.partials, fused.totals, fused.float16_weights]
-    for layer in fused.layers:
-        buffers += [layer.x, layer.dy, layer.sums, layer.t_sums, layer.pooled_sums, layer.pooled_t_sums, layer.moments]
-    for buffer in buffers:
-        buffer.fill_(math.nan)
 
 
 def compare(net, images, labels, batch, augment, limit=5e-3):

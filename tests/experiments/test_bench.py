@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -24,6 +25,18 @@ def test_bytes_of_a_step_by_hand():
     assert bench.step_bytes(net, 10) == 10 * 2 * expected
     pool = 2 * (written + written // 4)
     assert bench.step_bytes(net.append(torch.nn.AvgPool2d(2)), 10) == 10 * 2 * (expected + pool)
+
+
+def test_a_fused_step_moves_each_tensor_once_for_each_reader():
+    """Two layers of 10 and 3 bytes of output: written once, read by three and by two; their gradients by one."""
+
+    def layer(before, x, dy, y):
+        parts = {name: SimpleNamespace(nbytes=size) for name, size in (("x", x), ("dy", dy), ("y", y))}
+        return SimpleNamespace(before=before, pool=1, **parts)
+
+    first = layer(None, 10, 5, 100)
+    fused = SimpleNamespace(layers=[first, layer(first, 3, 1, 1000)])
+    assert bench.fused_bytes(fused) == (1 + 3) * 10 + (1 + 1) * 5 + (1 + 1) * 100 + (1 + 2) * 3 + (1 + 1) * 1
 
 
 def test_fast_path_is_the_trainer(small):
