@@ -608,7 +608,8 @@ print([run[name] for name in ("net's modules", "net's attributes", "training cod
 """
     printed = []
     for seed in ("1", "2"):
-        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'engine'}"}
+        folders = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "engine")))
+        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": folders}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, done.stderr
         printed.append(done.stdout)
