@@ -50,13 +50,13 @@ class Settings:
     seed: int = 0  # of initial weights, order of the images and augmentation
 
     def __post_init__(self):
-        highest = {"learning_rate": 10, "weight_decay": 100, "momentum": 0.999, "label_smoothing": 1, "warmup": 0.99}
+        highest = {"learning_rate": 10, "weight_decay": 1000, "momentum": 0.999, "label_smoothing": 1, "warmup": 0.99}
         for name, high in highest.items():
             value = getattr(self, name)
             value = value.item() if isinstance(value, np.number) else value
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high:
                 raise ValueError(f"{name} is {show(value)}; give a number from 0 to {high}")
-            if value == 0 and name in ("learning_rate", "warmup", *["momentum"] * (self.optimizer == "sgd")):
+            if value == 0 and name in ("learning_rate", "warmup", *["momentum"] * (self.optimizer in ("sgd", "sgdw"))):
                 raise ValueError(f"{name} is 0; give a number above 0")
             object.__setattr__(self, name, value)
         for name, low in (("batch_size", 1), ("epochs", 1), ("seed", 0)):

@@ -25,6 +25,29 @@ def sgd(groups, lr, momentum, dtype):
     return with_state(torch.optim.SGD(groups, lr, momentum, nesterov=True, fused=True), "momentum_buffer")
 
 
+class SGDW(torch.optim.SGD):
+    """SGD with decoupled weight decay: a share lr * decay of the weight goes in each step (Loshchilov & Hutter 2019).
+
+    https://arxiv.org/abs/1711.05101
+    """
+
+    def __init__(self, groups, lr, momentum):
+        groups = [group | {"decay": group["weight_decay"], "weight_decay": 0} for group in groups]
+        self.found_inf = None
+        super().__init__(groups, lr, momentum, nesterov=True, fused=True)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            lr = group["lr"] * (1 if self.found_inf is None else self.found_inf == 0)
+            torch._foreach_mul_(group["params"], 1 - lr * group["decay"])
+        return super().step(closure)
+
+
+def sgdw(groups, lr, momentum, dtype):
+    return with_state(SGDW(groups, lr, momentum), "momentum_buffer")
+
+
 def adamw(groups, lr, momentum, dtype):
     optimizer = torch.optim.AdamW(groups, lr, (momentum, 0.999), capturable=lr.is_cuda, fused=True)
     return with_state(optimizer, "step", "exp_avg", "exp_avg_sq")
@@ -37,8 +60,8 @@ def with_state(optimizer, *names):
     return optimizer
 
 
-# Decay is decoupled (Loshchilov & Hutter 2019) in muon and adamw, an L2 term in the gradient in sgd.
-OPTIMIZERS = {"muon": muon, "sgd": sgd, "adamw": adamw}
+# Decay is decoupled in muon, sgdw and adamw, an L2 term in the gradient in sgd.
+OPTIMIZERS = {"muon": muon, "sgd": sgd, "sgdw": sgdw, "adamw": adamw}
 
 
 def schedule(steps, peak, warmup=0.2, device=None):

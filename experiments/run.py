@@ -11,6 +11,7 @@ Needs CIFAR-10. A finished run is in results/runs.csv at once, and skipped the n
 import argparse
 import dataclasses
 import datetime
+import functools
 import itertools
 import math
 import os
@@ -44,25 +45,46 @@ def predict_seconds(sweep, todo, rows):
     return (seconds / (epochs * (images // size))).median() * steps
 
 
-def run_sweep(sweep, data):
-    """Run what is missing of a sweep, a few runs at a time, each written when it ends."""
+def run_sweep(sweep):
+    """Run what is missing of a sweep, a few runs at a time, each written when it ends.
+
+    Rows can call for more runs, as in `tuning`, so this goes on until none is missing.
+    """
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    rows = read_texts(RUNS)
-    mine = set(planned(sweep, rows)[rank::world])
-    todo = [one for one in missing(sweep, rows) if one in mine]
-    if SWEEPS[sweep][0] == "validation":
-        data = validation_split(data)
-    with tqdm(total=len(todo), desc=sweep) as bar:
-        for part in parts(todo) if data.images.is_cuda else ([one] for one in todo):
-            runs = train_together(sweep, part, data)
-            records.upsert(RUNS, [run.row for run in runs])
-            bar.update(len(runs))
+    while todo := missing_now(sweep):
+        todo = todo[rank::world]
+        with tqdm(total=len(todo), desc=sweep) as bar:
+            for part in parts(todo) if torch.cuda.is_available() else ([one] for one in todo):
+                runs = train_together(sweep, part, data_of(part[0].dataset, SWEEPS[sweep][0]))
+                records.upsert(RUNS, [run.row for run in runs])
+                bar.update(len(runs))
+
+
+def missing_now(sweep):
+    """Return what is missing of a sweep when all processes have written their rows: the same to each of them."""
+    wait_for_all()
+    todo = missing(sweep, read_texts(RUNS))
+    wait_for_all()  # before one writes and another reads
+    return todo
+
+
+def wait_for_all():
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+@functools.cache
+def data_of(dataset, split):
+    """Load a data set, with its validation split as test split if `split` says so."""
+    if split == "validation":
+        return validation_split(data_of(dataset, "test"))
+    return load_data(utils.pick_device(), dataset.lower().replace("-", ""), ROOT / "data")
 
 
 def parts(todo):
     """Yield lists of the runs that share a GPU, which have the same batch size: small batches, many runs."""
     least, most = AT_ONCE
-    for size, alike in itertools.groupby(todo, key=lambda one: one.batch_size):
+    for (size, _), alike in itertools.groupby(todo, key=lambda one: (one.batch_size, one.dataset)):
         at_once = min(max(IMAGES_AT_ONCE // size, least), most)
         while part := list(itertools.islice(alike, at_once)):
             yield part
@@ -136,19 +158,16 @@ def main(arguments=None):
             records.set_commit(options.commit)
         records.check_writable(RUNS)  # before hours of training
         records.code_commit()
-        data = load_data(utils.pick_device(), "cifar10", ROOT / "data")
+        data_of("CIFAR-10", "test")
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if several:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=1))
     for sweep in chosen:
-        if several and SWEEPS[sweep][2]:
-            torch.distributed.barrier()  # another process may still be at what this sweep waits for
         if waits(sweep, read_texts(RUNS)):
             print(f"{sweep}: waits for {SWEEPS[sweep][2]}")
         else:
-            run_sweep(sweep, data)
+            run_sweep(sweep)
 
 
 if __name__ == "__main__":

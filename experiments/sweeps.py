@@ -12,8 +12,8 @@ import pandas as pd
 
 import models
 from engine import records
-from engine.trainer import OPTIMIZERS
 from experiments import ROOT
+from experiments.tuning import MOMENTUM, Cell, tuning, validation_means
 from experiments.variants import Experiment
 from utils import LEARNING_RATES, NETS, Settings
 
@@ -32,7 +32,6 @@ DECAYS = {
     "adamw": (0.01, 0.1, 1.0, 3.0, 10.0),
     "muon": (0.05, 0.5, 1.5, 5.0, 15.0),
 }
-MOMENTUM = {"sgd": 0.9, "adamw": 0.9, "muon": Settings.momentum}
 GHOST_BATCHES = (2, 4, 8, 16, 32, "")  # images; "": the whole batch, 512 here, which they divide
 WIDTHS = {  # parameters: output channels
     9_410: (8, 16, 8, 8, 8, 8, 8, 16, 16, 16),
@@ -76,7 +75,7 @@ def captured(rows):
     return experiments(NETS, 10) + augment(rows)
 
 
-def tuning(optimizer, net, learning_rate, decay, seeds, **variant):
+def of_setting(optimizer, net, learning_rate, decay, seeds, **variant):
     """List the experiments of one optimizer, net and setting, one for each of the first seeds."""
     change = {"learning_rate": float(learning_rate), "weight_decay": float(decay)}
     return experiments([net], seeds, [change | {"optimizer": optimizer, "momentum": MOMENTUM[optimizer]}], [variant])
@@ -121,29 +120,29 @@ def rate(rows):
     """List all of the grid with one seed, each pair of optimizer and net alike."""
     return [
         experiment
-        for name, net in itertools.product(OPTIMIZERS, WITH_CONTROL)
+        for name, net in itertools.product(RATES, WITH_CONTROL)
         for learning_rate, decay in itertools.product(RATES[name], DECAYS[name])
-        for experiment in tuning(name, net, learning_rate, decay, 1)
+        for experiment in of_setting(name, net, learning_rate, decay, 1)
     ]
 
 
 def rate_seeds(rows):
     """List two seeds more at each learning rate, with the decay that was best in `rate`."""
-    return [one for setting in best_decays(rows) for one in tuning(*setting, 3) if one.seed > 0]
+    return [one for setting in best_decays(rows) for one in of_setting(*setting, 3) if one.seed > 0]
 
 
 def optimizer(rows):
     """List ten seeds of each optimizer and net at what was best of all three seeds."""
-    return [one for setting in best_settings(rows) for one in tuning(*setting, 10)]
+    return [one for setting in best_settings(rows) for one in of_setting(*setting, 10)]
 
 
 def initial(rows):
     """List the control from Kaiming initial weights, at the rates of `rate` and the second of its decays."""
     return [
         one
-        for name in OPTIMIZERS
+        for name in RATES
         for learning_rate in RATES[name]
-        for one in tuning(name, "Net", learning_rate, DECAYS[name][1], 3, initial_weights="he")
+        for one in of_setting(name, "Net", learning_rate, DECAYS[name][1], 3, initial_weights="he")
     ]
 
 
@@ -200,6 +199,14 @@ def flip(rows):
 
 # Sweep: the split that it is scored on, its function, and the sweep whose rows it needs first.
 # results/runs.csv has two more, which ran before: optimizer-h200, on another GPU, batch-size-first, at higher rates.
+CORNERS = tuple(itertools.product(("sgdw", "muon"), (64, 500)))  # of PLAN.md's contrasts
+CELLS = [
+    Cell(*pair, nets=WITH_CONTROL, seeds=10) if pair in CORNERS else Cell(*pair)
+    for pair in itertools.product(("sgdw", "adamw", "muon"), (64, 125, 250, 500, 1000))
+]
+CELLS.append(Cell("muon", 500, augment="flip+crop", seeds=10))
+CELLS_100 = [Cell(*pair, dataset="CIFAR-100", seeds=10) for pair in CORNERS]
+
 SWEEPS = {
     "tune": ("validation", tune, None),
     "augment": ("test", augment, None),
@@ -209,6 +216,8 @@ SWEEPS = {
     "rate": ("validation", rate, None),
     "rate-seeds": ("validation", rate_seeds, "rate"),
     "optimizer": ("test", optimizer, "rate-seeds"),
+    **tuning("lead", CELLS),
+    **tuning("lead-100", CELLS_100),
     "initial": ("validation", initial, None),
     "batch": ("test", batch, None),
     "batch-rate": ("validation", batch_rate, None),
@@ -251,12 +260,6 @@ def missing(sweep, rows):
     names = list(next(iter(wanted.values())))
     done = set(rows[rows["study"] == sweep].reindex(columns=names, fill_value="").itertuples(index=False, name=None))
     return [one for one, columns in wanted.items() if tuple(columns[name] for name in names) not in done]
-
-
-def validation_means(rows, keys):
-    """Return the mean validation accuracy by `keys`, columns of settings; nan where a run diverged."""
-    accuracy = pd.to_numeric(rows["validation_accuracy"], errors="coerce").rename("accuracy")
-    return accuracy.groupby([rows[key] for key in keys]).agg(lambda values: values.mean(skipna=False))
 
 
 def best_decays(rows):

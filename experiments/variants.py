@@ -10,6 +10,7 @@ import utils
 from engine import records
 from models import NORM_OF
 
+CLASSES = {"CIFAR-10": 10, "CIFAR-100": 100}
 SIDES = {"C1": 32, "C2": 32, "C4": 16, "C5": 16, "C6": 16, "C8": 8, "C9": 8, "C10": 8}  # pixels, height and width
 
 
@@ -62,6 +63,7 @@ def kaiming_init(net, seed):
 class Experiment(utils.Settings):
     """Settings, net and variant of one run. ValueError, by name, for a variant that the net does not have."""
 
+    dataset: str = "CIFAR-10"
     net: str = "NetA"
     widths: tuple = models.WIDTHS
     groups: int | str = ""  # of group norm; "C": as many as channels, which is instance norm; "": four
@@ -73,6 +75,7 @@ class Experiment(utils.Settings):
 
     def __post_init__(self):
         super().__post_init__()
+        utils.choose("dataset", self.dataset, CLASSES)
         utils.choose("net", self.net, NORM_OF)
         utils.choose("layer_variant", self.layer_variant, ("", "C", "[C,H,W]"))
         utils.choose("initial_weights", self.initial_weights, ("", "he"))
@@ -92,7 +95,7 @@ class Experiment(utils.Settings):
     def build(self):
         """Build the net; its initial weights are drawn from the seed alone, so variants of a net share them."""
         options = {} if self.groups in ("", "C") else {"groups": self.groups}
-        net = utils.build(self.net, self, widths=self.widths, **options)
+        net = utils.build(self.net, self, widths=self.widths, classes=CLASSES[self.dataset], **options)
         for name, side in SIDES.items():
             block = getattr(net, name)
             channels = block.conv.out_channels

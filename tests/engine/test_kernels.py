@@ -200,11 +200,11 @@ def test_a_weight_can_be_computed_from_another():
 
 
 @interpreted
-@pytest.mark.parametrize(("name", "optimizer"), [("NetA", "muon"), ("NetC", "sgd"), ("Net", "adamw")])
+@pytest.mark.parametrize(("name", "optimizer"), [("NetA", "muon"), ("NetC", "sgd"), ("NetB", "sgdw"), ("Net", "adamw")])
 def test_a_trainer_trains_as_it_does_without_the_kernels(name, optimizer):
     images, labels, _ = make_batch(1)
     data = Data(images[:6], labels[:6], images[:1], labels[:1], name="few")
-    rate = {"muon": 0.02, "sgd": 0.02, "adamw": 0.001}[optimizer]
+    rate = {"muon": 0.02, "sgd": 0.02, "sgdw": 0.02, "adamw": 0.001}[optimizer]
     settings = utils.Settings(
         epochs=1,
         batch_size=3,
@@ -229,7 +229,9 @@ def test_a_trainer_trains_as_it_does_without_the_kernels(name, optimizer):
         after = zip(net.parameters(), before, strict=True)
         found.append((trainer.means(), torch.cat([(p.detach() - first).flatten() for p, first in after])))
     assert found[0][0] == pytest.approx(found[1][0], rel=2e-3)
-    limit = {"muon": 0.15, "sgd": 0.01, "adamw": 0.1}[optimizer]  # Muon and AdamW take small gradients for large ones
+    limit = {"muon": 0.15, "sgd": 0.01, "sgdw": 0.01, "adamw": 0.1}[
+        optimizer
+    ]  # Muon and AdamW take small gradients for large ones
     assert (found[0][1] - found[1][1]).norm() <= limit * found[1][1].norm()
 
 

@@ -23,7 +23,7 @@ from engine.trainer import OPTIMIZERS, Trainer, schedule, takes_fused_step
 from utils import Settings
 
 NETS = ("NetA", "NetB", "NetC", "Net")
-RATES = {"muon": 0.03, "sgd": 0.1, "adamw": 0.003}
+RATES = {"muon": 0.03, "sgd": 0.1, "sgdw": 0.1, "adamw": 0.003}
 SHORT = Settings(epochs=2, batch_size=100)
 NARROW = (8,) * 10
 
@@ -62,18 +62,22 @@ def plain_images(trainer, indices):
     return torch.stack(images)
 
 
-@pytest.mark.parametrize(("augment", "smoothing", "warmup"), [("none", 0.1, 0.2), ("flip+crop", 0.3, 0.5)])
+@pytest.mark.parametrize(
+    ("optimizer", "decay", "augment", "smoothing", "warmup"),
+    [("sgd", 0.02, "none", 0.1, 0.2), ("sgdw", 0.5, "none", 0.1, 0.2), ("sgd", 0.02, "flip+crop", 0.3, 0.5)],
+)
 @pytest.mark.parametrize("name", NETS)
-def test_twelve_steps_of_a_plain_loop(small, float32, name, augment, smoothing, warmup):
+def test_twelve_steps_of_a_plain_loop(small, float32, name, optimizer, decay, augment, smoothing, warmup):
     """A loop in float32 of PyTorch's own modules and torch.optim.SGD, which sees the same batches."""
-    settings = Settings(learning_rate=0.05, weight_decay=0.02, momentum=0.9, optimizer="sgd", epochs=1, batch_size=25)
-    settings = replace(settings, augment=augment, label_smoothing=smoothing, warmup=warmup)
+    decoupled = decay if optimizer == "sgdw" else 0
+    settings = Settings(learning_rate=0.05, weight_decay=decay, momentum=0.9, optimizer=optimizer, epochs=1)
+    settings = replace(settings, batch_size=25, augment=augment, label_smoothing=smoothing, warmup=warmup)
     small = replace(small, images=small.images[:300], labels=small.labels[:300])
     net = utils.build(name, settings)
     plain, before = copy.deepcopy(net).train(), weights(net)
     convolutions = [p for n, p in plain.named_parameters() if p.ndim == 4 and not n.startswith("c11")]
     rest = [p for n, p in plain.named_parameters() if p.ndim == 1 or n.startswith("c11")]
-    groups = [{"params": convolutions, "weight_decay": 0.02}, {"params": rest}]
+    groups = [{"params": convolutions, "weight_decay": decay - decoupled}, {"params": rest}]
     optimizer = torch.optim.SGD(groups, lr=0.05, momentum=0.9, nesterov=True)
     trainer = Trainer(net, small, settings)
     for step, _ in enumerate(trainer.epoch(), 1):
@@ -85,6 +89,9 @@ def test_twelve_steps_of_a_plain_loop(small, float32, name, augment, smoothing, 
         progress = step / 13
         for group in optimizer.param_groups:
             group["lr"] = 0.05 * min(progress / warmup, (1 - progress) / (1 - warmup))
+        with torch.no_grad():
+            for p in convolutions:
+                p *= 1 - group["lr"] * decoupled
         optimizer.step()
         way = (weights(plain) - before).norm()
         assert (weights(net) - weights(plain)).norm() < 0.001 * way, step

@@ -35,18 +35,22 @@ def tiny(monkeypatch, tmp_path, small):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     few = {name: getattr(small, name)[:200] for name in ("images", "labels")}
     few |= {name: getattr(small, name)[:100] for name in ("test_images", "test_labels")}
-    return replace(small, name="CIFAR-10", **few), todo
+    data = replace(small, name="CIFAR-10", **few)
+    monkeypatch.setattr(run, "load_data", lambda device, source, root: data)
+    run.data_of.cache_clear()
+    yield data, todo
+    run.data_of.cache_clear()
 
 
 def test_runs_what_is_missing_and_no_more(tiny, monkeypatch):
-    data, todo = tiny
+    _, todo = tiny
     monkeypatch.setitem(SWEEPS, "augment", ("test", lambda rows: todo[:1], None))
-    run.run_sweep("augment", data)
+    run.run_sweep("augment")
     first = read_texts(run.RUNS)
     assert missing("augment", first) == []
     monkeypatch.setitem(SWEEPS, "augment", ("test", lambda rows: todo, None))
     assert missing("augment", first) == todo[1:]
-    run.run_sweep("augment", data)
+    run.run_sweep("augment")
     rows = read_texts(run.RUNS)
     assert rows["seed"].tolist() == ["0", "1", "2"]
     assert rows.iloc[0].to_dict() == first.iloc[0].to_dict(), "a finished run was run again"
@@ -54,8 +58,8 @@ def test_runs_what_is_missing_and_no_more(tiny, monkeypatch):
     assert missing("augment", rows) == []
 
 
-def test_rows_name_the_variant_and_what_came_out(tiny, monkeypatch):
-    data, _ = tiny
+@pytest.mark.usefixtures("tiny")
+def test_rows_name_the_variant_and_what_came_out(monkeypatch):
     variants = [
         replace(TINY, net="NetA", statistics_batch=50),
         replace(TINY, net="NetB", layer_variant="[C,H,W]"),
@@ -63,7 +67,7 @@ def test_rows_name_the_variant_and_what_came_out(tiny, monkeypatch):
         replace(TINY, net="Net", initial_weights="he"),
     ]
     monkeypatch.setitem(SWEEPS, "augment", ("test", lambda rows: variants, None))
-    run.run_sweep("augment", data)
+    run.run_sweep("augment")
     rows = read_texts(run.RUNS)
     assert missing("augment", rows) == []
     names = ["study", "net", "norm", "statistics_batch", "layer_variant", "groups", "optimizer", "initial_weights"]
@@ -84,7 +88,7 @@ def test_validation_runs_do_not_touch_the_test_set(tiny, monkeypatch):
     monkeypatch.setitem(SWEEPS, "tune", ("validation", lambda rows: todo[:1], None))
     seen, score = [], utils.test
     monkeypatch.setattr(utils, "test", lambda net, images, labels: seen.append(images) or score(net, images, labels))
-    run.run_sweep("tune", data)
+    run.run_sweep("tune")
     assert seen
     assert all(images.data_ptr() != data.test_images.data_ptr() for images in seen)
     [row] = read_texts(run.RUNS).to_dict("records")
@@ -98,10 +102,11 @@ def test_a_run_that_diverged_is_noted_and_not_run_again(tiny, monkeypatch):
     data, _ = tiny
     wild = replace(TINY, net="Net", optimizer="sgd", learning_rate=10.0, momentum=0.99, epochs=30, batch_size=20)
     data = replace(data, images=data.images[:40], labels=data.labels[:40])
+    monkeypatch.setattr(run, "load_data", lambda device, source, root: data)
     monkeypatch.setitem(SWEEPS, "augment", ("test", lambda rows: [wild], None))
     steps, step = [], run.Trainer.step
     monkeypatch.setattr(run.Trainer, "step", lambda trainer: steps.append(trainer.diverged.fill_(1)) or step(trainer))
-    run.run_sweep("augment", data)
+    run.run_sweep("augment")
     rows = read_texts(run.RUNS)
     assert rows["status"].tolist() == ["diverged"]
     assert rows["test_accuracy"].tolist() == rows["train_accuracy"].tolist() == [""]
@@ -110,12 +115,35 @@ def test_a_run_that_diverged_is_noted_and_not_run_again(tiny, monkeypatch):
 
 
 def test_shards_cover_everything_once(tiny, monkeypatch):
-    data, _ = tiny
+    _, todo = tiny
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, seeds in (("0", ["0", "2"]), ("1", ["0", "1", "2"])):
         monkeypatch.setenv("RANK", rank)
-        run.run_sweep("augment", data)
+        monkeypatch.setattr(run, "missing_now", functools.partial(next, iter([todo, []])))
+        run.run_sweep("augment")
         assert sorted(read_texts(run.RUNS)["seed"]) == seeds
+
+
+def test_rows_that_call_for_more_runs_get_them(tiny, monkeypatch):
+    _, todo = tiny
+    monkeypatch.setitem(SWEEPS, "augment", ("test", lambda rows: todo[: 1 + len(rows)], None))
+    run.run_sweep("augment")
+    assert read_texts(run.RUNS)["seed"].tolist() == ["0", "1", "2"]
+
+
+def test_each_data_set_is_loaded_once_and_split_as_asked(tiny, monkeypatch):
+    data, _ = tiny
+    asked = []
+    monkeypatch.setattr(run, "load_data", lambda device, source, root: asked.append(source) or data)
+    monkeypatch.setattr(run, "validation_split", functools.partial(run.validation_split, per_class=10))
+    assert run.data_of("CIFAR-100", "test") is data
+    assert run.data_of("CIFAR-100", "validation").split == "validation"
+    run.data_of("CIFAR-10", "validation")
+    assert asked == ["cifar100", "cifar10"]
+    assert [part[0].dataset for part in run.parts([TINY, replace(TINY, dataset="CIFAR-100")])] == [
+        "CIFAR-10",
+        "CIFAR-100",
+    ]
 
 
 def test_small_batches_run_many_at_a_time():
@@ -197,7 +225,7 @@ def test_named_sweeps_run_in_their_order_under_the_named_commit(tiny, monkeypatc
     data, _ = tiny
     ran = []
     monkeypatch.setattr(run, "load_data", lambda device, source, root: data)
-    monkeypatch.setattr(run, "run_sweep", lambda sweep, data: ran.append((sweep, records.code_commit())))
+    monkeypatch.setattr(run, "run_sweep", lambda sweep: ran.append((sweep, records.code_commit())))
     monkeypatch.setattr(records, "_commit", None)
     try:
         run.main(["optimizer", "augment", "--commit", "1a2b3c4"])

@@ -8,7 +8,6 @@ import pytest
 import models
 import utils
 from engine import records
-from engine.trainer import OPTIMIZERS
 from experiments import sweeps
 from experiments.sweeps import SWEEPS, missing, planned, waits
 from experiments.variants import Experiment
@@ -46,7 +45,8 @@ def test_each_sweep_lists_each_run_once_and_starts_without_rows(tmp_path):
 
 def test_choices_are_made_on_the_validation_split_alone():
     assert {sweep for sweep, (split, _, _) in SWEEPS.items() if split == "validation"} == {
-        *("tune", "search", "search-seeds", "rate", "rate-seeds", "initial", "batch-rate")
+        *("tune", "search", "search-seeds", "rate", "rate-seeds", "initial", "batch-rate"),
+        *(f"{name}-{part}" for name in ("lead", "lead-100") for part in ("rate", "decay", "seeds")),
     }
     assert all(SWEEPS[needed][0] == "validation" for _, _, needed in SWEEPS.values() if needed)
 
@@ -108,7 +108,7 @@ def test_every_pair_of_optimizer_and_net_gets_the_same_trials():
     momenta = {one.optimizer: one.momentum for one in trials}
     assert momenta == {"sgd": 0.9, "adamw": 0.9, "muon": utils.Settings.momentum}
     assert {one.seed for one in trials} == {0}
-    assert dict(count_pairs(sweeps.initial(None))) == {("Net", name): 21 for name in OPTIMIZERS}
+    assert dict(count_pairs(sweeps.initial(None))) == {("Net", name): 21 for name in sweeps.RATES}
     assert {one.initial_weights for one in sweeps.initial(None)} == {"he"}
 
 

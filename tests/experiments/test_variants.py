@@ -38,7 +38,7 @@ from experiments.variants import SIDES, Experiment, GhostBatchNorm, LayerNorm2d
         ({"initial_weights": "kaiming"}, "initial_weights is 'kaiming'; choose one of , he"),
         ({"widths": (16, 32)}, "widths is (16, 32); give 10, one each"),
         ({"widths": "16 32"}, "widths is '16 32'; give 10, one each"),
-        ({"optimizer": "adam"}, "optimizer is 'adam'; choose one of muon, sgd, adamw"),
+        ({"optimizer": "adam"}, "optimizer is 'adam'; choose one of muon, sgd, sgdw, adamw"),
         ({"learning_rate": math.nan}, "learning_rate is nan; give a number"),
         ({"seed": -1}, "seed is -1; give a whole number"),
     ],
@@ -183,7 +183,7 @@ def test_kaiming_initial_weights_keep_the_signal():
 )
 def test_every_optimizer_trains_every_variant(small, optimizer, variant):
     """In ten steps on the same 40 images."""
-    rate = {"muon": 0.03, "sgd": 0.1, "adamw": 0.003}[optimizer]
+    rate = {"muon": 0.03, "sgd": 0.1, "sgdw": 0.1, "adamw": 0.003}[optimizer]
     few = replace(small, images=small.images[:40], labels=small.labels[:40])
     one = Experiment(batch_size=40, epochs=10, optimizer=optimizer, learning_rate=rate, **variant)
     trainer = Trainer(one.build(), few, one)

@@ -20,7 +20,7 @@ from utils import Settings
 
 pytestmark = pytest.mark.gpu
 SHORT = Settings(epochs=2, batch_size=500)
-RATES = {"muon": 0.03, "sgd": 0.1, "adamw": 0.003}
+RATES = {"muon": 0.03, "sgd": 0.1, "sgdw": 0.1, "adamw": 0.003}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,163 @@
+"""Tuning of learning rate and weight decay, for many cells of a comparison and for each of their nets alike.
+
+A cell is a place at which nets are compared: optimizer, batch size, data set, augmentation. Its tuning has four sweeps:
+
+1. rate: five learning rates, half a decade apart, at the first decay. While a net's best is the smallest or the
+   largest, the next one is tried, too, for all nets of the cell.
+2. decay: at each net's best rate, decays half a decade apart around the first one, and on as with the rates.
+3. seeds: two more seeds of each net's best two settings.
+4. Each net's best mean of three seeds is its setting. It gets new runs, with all training images.
+
+Decay is counted as the share of a weight that an epoch at the peak rate takes,
+
+    decay = weight_decay * learning_rate * 50,000 / batch_size
+
+because the best of it hardly depends on the rate: in the sweep `rate`, which tried each pair, accuracy has a ridge
+along which it is constant.
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import pandas as pd
+
+from experiments.variants import Experiment
+from utils import NETS, Settings
+
+MOMENTUM = {"sgd": 0.9, "sgdw": 0.9, "adamw": 0.9, "muon": Settings.momentum}
+HALF_DECADES = tuple(float(f"{one}e{power}") for power in range(-5, 3) for one in (1, 3))
+FIRST_RATES = {
+    "sgdw": (0.01, 0.03, 0.1, 0.3, 1.0),
+    "adamw": (0.001, 0.003, 0.01, 0.03, 0.1),
+    "muon": (0.003, 0.01, 0.03, 0.1, 0.3),
+}
+FIRST_DECAY = {"sgdw": 0.3, "adamw": 0.3, "muon": 1.0}
+KEYS = ["dataset", "augment", "optimizer", "batch_size", "net", "learning_rate", "weight_decay"]
+
+
+def validation_means(rows, keys):
+    """Return the mean validation accuracy by `keys`, columns of settings; nan where a run diverged."""
+    accuracy = pd.to_numeric(rows["validation_accuracy"], errors="coerce").rename("accuracy")
+    return accuracy.groupby([rows[key] for key in keys]).agg(lambda values: values.mean(skipna=False))
+
+
+def extend(levels, scores):
+    """Extend neighboring HALF_DECADES until the best of each of `scores` lies inside, or is not known yet.
+
+    scores  functions from a level to an accuracy, None where it was not run
+    """
+    levels = list(levels)
+    while True:
+        table = [[score(level) for level in levels] for score in scores]
+        if any(None in line for line in table):
+            return levels
+        best = {line.index(max(line)) for line in table}
+        low, high = (HALF_DECADES.index(level) for level in (levels[0], levels[-1]))
+        more = HALF_DECADES[low - 1 : low] if 0 in best else ()
+        further = HALF_DECADES[high + 1 : high + 2] if len(levels) - 1 in best else ()
+        if not more and not further:
+            return levels
+        levels = [*more, *levels, *further]
+
+
+class Cell(NamedTuple):
+    """A place at which nets are compared. `means` are of `means_of`."""
+
+    optimizer: str
+    batch_size: int
+    dataset: str = "CIFAR-10"
+    augment: str = "none"
+    nets: tuple = NETS
+    seeds: int = 5  # of the runs with all training images
+
+    def run(self, net, rate, decay, seed=0):
+        """Make the experiment of a net at a learning rate and a decay, counted as above."""
+        return Experiment(
+            dataset=self.dataset,
+            net=net,
+            optimizer=self.optimizer,
+            momentum=MOMENTUM[self.optimizer],
+            batch_size=self.batch_size,
+            augment=self.augment,
+            learning_rate=rate,
+            weight_decay=float(f"{decay * self.batch_size / 50_000 / rate:.3g}"),
+            initial_weights="he" if net == "Net" else "",
+            seed=seed,
+        )
+
+    def rates(self, means):
+        """Return the learning rates to try at the first decay, and a net's best one of them by its name."""
+        decay = FIRST_DECAY[self.optimizer]
+        scores = {net: lambda rate, net=net: means.get(key(self.run(net, rate, decay))) for net in self.nets}
+        rates = extend(FIRST_RATES[self.optimizer], scores.values())
+        known = all(score(rate) is not None for score in scores.values() for rate in rates)
+        return rates, {net: max(rates, key=scores[net]) for net in self.nets} if known else {}
+
+    def decays(self, means):
+        """Return the decays to try at each net's best learning rate."""
+        best, first = self.rates(means)[1], HALF_DECADES.index(FIRST_DECAY[self.optimizer])
+        scores = [
+            lambda decay, net=net, rate=rate: means.get(key(self.run(net, rate, decay))) for net, rate in best.items()
+        ]
+        return extend(HALF_DECADES[first - 1 : first + 2], scores)
+
+    def tried(self, means):
+        """List all experiments of the first two sweeps."""
+        rates, best = self.rates(means)
+        first = FIRST_DECAY[self.optimizer]
+        found = [self.run(net, rate, first) for rate in rates for net in self.nets]
+        decays = [decay for decay in self.decays(means) if decay != first]
+        return found, [self.run(net, best[net], decay) for decay in decays for net in best]
+
+
+def key(experiment):
+    """What tells the settings of a cell's runs apart in `means_of`."""
+    columns = experiment.columns()
+    return tuple(columns[name] for name in KEYS)
+
+
+def means_of(rows, studies, seeds=1):
+    """Return the mean validation accuracy of each setting with that many seeds; -1 where a run diverged."""
+    rows = rows[rows["study"].isin(studies)]
+    if rows.empty:
+        return {}
+    rows = rows.groupby(KEYS).filter(lambda own: len(own) >= seeds)
+    return validation_means(rows, KEYS).fillna(-1).to_dict()
+
+
+def in_order(experiments):
+    """Sort experiments so that runs of the same batch size, which share a GPU, are neighbors."""
+    return sorted(experiments, key=lambda one: one.batch_size)
+
+
+def tuning(name, cells):
+    """Return the four sweeps of some cells as entries of `sweeps.SWEEPS`; their names begin with `name`."""
+    names = [f"{name}-{part}" for part in ("rate", "decay", "seeds")]
+
+    def tried(rows, part):
+        means = means_of(rows, names[:2])
+        return in_order(one for cell in cells for one in cell.tried(means)[part])
+
+    def best(rows, means, count):
+        """Yield each net's best settings by `means`, with its cell, as experiments of seed 0."""
+        first = means_of(rows, names[:2])
+        for cell in cells:
+            known = [one for part in cell.tried(first) for one in part if key(one) in means]
+            for net in cell.nets:
+                own = sorted((one for one in known if one.net == net), key=lambda one: -means[key(one)])
+                yield from ((cell, one) for one in own[:count])
+
+    def more_seeds(rows):
+        found = best(rows, means_of(rows, names[:2]), 2)
+        return in_order(replace(one, seed=seed) for _, one in found for seed in (1, 2))
+
+    def final(rows):
+        found = best(rows, means_of(rows, names, seeds=3), 1)
+        return in_order(replace(one, seed=seed) for cell, one in found for seed in range(cell.seeds))
+
+    return {
+        names[0]: ("validation", lambda rows: tried(rows, 0), None),
+        names[1]: ("validation", lambda rows: tried(rows, 1), names[0]),
+        names[2]: ("validation", more_seeds, names[1]),
+        name: ("test", final, names[2]),
+    }
