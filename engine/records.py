@@ -168,9 +168,12 @@ def fingerprint(net, data, settings, track, precision=None):
     """Return, as numbers and texts, what must be the same for a run to be the same; `net` is not yet trained.
 
     It can't see functions, globals and objects outside the net's classes (lists and private attributes among them),
-    what a hook does, and what is swapped at run time.
+    what a hook does, and what is swapped at run time. ValueError for a buffer that a checkpoint would not hold.
     """
     device, weights = data.images.device, net.state_dict()
+    for name in (name for name, _ in net.named_buffers() if name not in weights):
+        advice = "register it with persistent=True, or train without a checkpoint"
+        raise ValueError(f"the net's buffer {name} would not be in the checkpoint; {advice}")
     described = {  # each of two words, which no setting can be called
         "net's modules": re.sub(r" at 0x[0-9a-fA-F]+", "", repr(net)),
         "net's attributes": "\n".join(_attributes(net)),
@@ -185,7 +188,6 @@ def fingerprint(net, data, settings, track, precision=None):
         "test images": data_hash(data.test_images),
         "test labels": data_hash(data.test_labels),
         "each epoch tested": bool(track),
-        "unsaved buffers": weights_hash({name: value for name, value in net.named_buffers() if name not in weights}),
         "initial weights": weights_hash(weights),
     }
     return described | _plain(asdict(settings))

@@ -483,7 +483,6 @@ class Block(nn.Module):
     def __init__(self):
         super().__init__()
         self.factor, self.shape, self.kept = 2.0, (1, 2), None
-        self.register_buffer("scale", torch.ones(3), persistent=False)
 
     def curve(self, x, power=1):
         return x**power
@@ -527,12 +526,6 @@ def hooked(register):
     return block
 
 
-def with_buffer(value):
-    block = Block()
-    block.scale.fill_(value)
-    return block
-
-
 SEEN = {  # pairs of blocks, with the same weights and repr, that compute something else
     "a constant tuple": [
         subclass(forward=lambda self, x: x.permute((0, 1, 2, 3))),
@@ -562,7 +555,6 @@ SEEN = {  # pairs of blocks, with the same weights and repr, that compute someth
     "a tuple": [Block(), with_attribute("shape", (1, 3))],
     "a function": [with_attribute("curve", torch.relu), with_attribute("curve", torch.sigmoid)],
     "a forward of its own": [with_attribute("forward", lambda x: 2 * x), with_attribute("forward", lambda x: 3 * x)],
-    "a buffer that is not saved": [Block(), with_buffer(2.0)],
     "a forward hook": [Block(), hooked("register_forward_hook")],
     "a hook before it": [Block(), hooked("register_forward_pre_hook")],
     "a backward hook": [Block(), hooked("register_full_backward_hook")],
@@ -592,6 +584,15 @@ def test_a_finished_run_of_a_custom_net_is_resumed_by_its_own_net(tmp_path):
     assert trained(tmp_path / "run.pt", net)[1] == history
 
 
+def test_a_buffer_that_a_checkpoint_would_not_hold_is_refused_at_the_start(tmp_path):
+    net = utils.build("NetA", SETTINGS)
+    net.C5.norm.register_buffer("steps", torch.zeros(()), persistent=False)
+    message = "the net's buffer C5.norm.steps would not be in the checkpoint; register it with persistent=True"
+    refused(lambda: trained(tmp_path / "run.pt", net), ValueError, message)
+    assert not list(tmp_path.iterdir())
+    trained(None, net, settings=replace(SETTINGS, epochs=1))
+
+
 def test_a_fingerprint_is_the_same_in_each_process():
     """Whatever the order of sets and the addresses of objects."""
     code = """
@@ -604,7 +605,7 @@ block.extra_repr = lambda: repr(block.curves)
 net = utils.build("NetA", SETTINGS)
 net.C1.activation = block
 run = records.fingerprint(net, DATA, SETTINGS, True)
-print([run[name] for name in ("net's modules", "net's attributes", "training code", "unsaved buffers")])
+print([run[name] for name in ("net's modules", "net's attributes", "training code")])
 """
     printed = []
     for seed in ("1", "2"):
