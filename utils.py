@@ -284,7 +284,7 @@ def save_runs(runs, data, folder):
     weights = {key: value.cpu().contiguous() for key, value in runs[0].net.state_dict().items()}
     files.save_tensors(folder / "weights" / f"{name}.pt", weights)
     for one in runs:
-        (folder / "checkpoints" / f"{name}-{one.row['seed']}.pt").unlink(missing_ok=True)
+        records.remove_checkpoint(folder / "checkpoints" / f"{name}-{one.row['seed']}.pt", one.history)
 
 
 def summarize(rows):

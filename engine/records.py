@@ -269,7 +269,7 @@ def read_checkpoint(path, fingerprint, steps_per_epoch, like):
             return None
         if zipfile.ZipFile(io.BytesIO(content)).testzip():  # torch.load does not look at the check sums
             raise ValueError("its check sum is wrong")
-        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        saved = _load(content)
         found, history, state = map(saved.get, ("fingerprint", "history", "state"))
         differing = [name for name in {**fingerprint, **found} if found.get(name) != fingerprint.get(name)]
         if differing == ["initial weights"] and weights_hash(state["net"]) == fingerprint["initial weights"]:
@@ -289,6 +289,20 @@ def read_checkpoint(path, fingerprint, steps_per_epoch, like):
         old, new = ("..." * (len(common) > 60) + text[start:][:90] for text in pair)
         raise ValueError(f"{path} is a checkpoint with {name} {old}, not {new}; {advice}")
     return saved
+
+
+def _load(content):
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def remove_checkpoint(path, history):
+    """Remove the checkpoint of the finished run with this history; leave another run's, whose seconds differ."""
+    try:
+        saved = _load(read_bytes(path))["history"]
+    except Exception:  # of many kinds: absent, or as in `read_checkpoint`
+        return
+    if history and str(saved) == str(_plain(history)):  # as texts, since nan is not nan
+        Path(path).unlink(missing_ok=True)
 
 
 def _check_progress(fingerprint, history, state, steps_per_epoch):

@@ -641,6 +641,17 @@ def test_runs_are_saved_and_leave_no_checkpoint(tiny, two_runs):
     assert torch.equal(utils.test(net, tiny.test_images, tiny.test_labels).predictions, runs[0].scores.predictions)
 
 
+def test_another_runs_checkpoint_is_left(tiny, two_runs, tmp_path, monkeypatch):
+    """One that was interrupted, at other settings; the runs that are saved had none."""
+    path = tmp_path / "checkpoints" / "NetA-7.pt"
+    for epochs in (0, 1):
+        interrupt(monkeypatch, tiny, path, epochs, settings=replace(LONG, seed=7))
+        before = path.read_bytes()
+        utils.save_runs(two_runs[0], tiny, tmp_path)
+        assert path.read_bytes() == before
+        path.unlink()
+
+
 def test_confidences_are_saved_with_four_digits(tiny, two_runs, tmp_path):
     runs, _ = two_runs
     utils.save_runs(runs[:1], tiny, tmp_path)

@@ -798,6 +798,23 @@ def test_a_finished_run_is_not_trained_again(finished, monkeypatch):
         assert again == history
 
 
+def test_a_checkpoint_is_removed_by_its_own_history_alone(tmp_path):
+    path, other = tmp_path / "run.pt", [{"epoch": 1, "test_accuracy": np.float64("nan"), "elapsed": 0.1 + 0.2}]
+    for history in ([], [other[0] | {"elapsed": 0.3}]):
+        records.write_checkpoint(path, {}, history, {})
+        for of_another in (other, []):
+            records.remove_checkpoint(path, of_another)
+        assert path.exists()
+    for content in (b"", b"damaged"):
+        path.write_bytes(content)
+        records.remove_checkpoint(path, other)
+        assert path.read_bytes() == content
+    records.write_checkpoint(path, {}, other, {})
+    for _ in range(2):  # what is absent is no error
+        records.remove_checkpoint(path, other)
+    assert not path.exists()
+
+
 def test_a_failed_call_leaves_net_and_message(tmp_path, monkeypatch):
     """A full disk at a checkpoint."""
     net, write_bytes, left = utils.build("NetA", SETTINGS), Path.write_bytes, [2]

@@ -122,7 +122,7 @@ MUTATIONS = [
     (
         "saved runs leave no checkpoint",
         "utils.py",
-        '        (folder / "checkpoints" / f"{name}-{one.row[\'seed\']}.pt").unlink(missing_ok=True)\n',
+        '        records.remove_checkpoint(folder / "checkpoints" / f"{name}-{one.row[\'seed\']}.pt", one.history)\n',
         "        pass\n",
         f"{UTILS}::test_runs_are_saved_and_leave_no_checkpoint",
     ),
