@@ -22,7 +22,7 @@ import models
 from engine import fast, files, records
 from engine.data import check_images, normalize
 from engine.figures import COLORS, save_figure, title
-from engine.probe import eval_mode
+from engine.probe import describe_votes, eval_mode
 from engine.statistics import contrast
 from engine.trainer import OPTIMIZERS, Trainer, takes_fused_step
 from models import NORM_OF, show, whole_number
@@ -144,12 +144,10 @@ def train(net, data, settings, label="", track=True, fused=None, checkpoint=None
                 started -= history[-1]["elapsed"] if history else 0
             else:  # so that a run that ends in its first epoch is not resumed from half-trained weights
                 records.write_checkpoint(checkpoint, run, history, trainer.state_dict())
-        bar_format = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}{postfix}"
+        form = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}{postfix}"
         wait = 1 if sys.stdout.isatty() else 10  # seconds: a notebook saves each
         total, done = trainer.steps * settings.epochs, trainer.steps * len(history)
-        with tqdm(
-            total=total, initial=done, desc=label, file=sys.stdout, bar_format=bar_format, mininterval=wait
-        ) as bar:
+        with tqdm(total=total, initial=done, desc=label, file=sys.stdout, bar_format=form, mininterval=wait) as bar:
             for epoch in range(len(history) + 1, settings.epochs + 1):
                 epoch_started = time.perf_counter()
                 for _ in trainer.epoch():
@@ -221,14 +219,31 @@ class Run:
 def run(name, data, settings, study="main", track=True, checkpoints=None):
     """Build, train and score the net called `name`; see `build`, `train` and `test`.
 
-    checkpoints  folder for the run's checkpoint, which `save_runs` removes
+    checkpoints  folder for the run's checkpoint, in that of `save_runs`: what that would refuse is refused at once
     """
     records.code_commit()  # of the code that runs, whatever is edited while it does
     net = build(name, settings, classes=len(data.classes))
+    if checkpoints:
+        records.check_folder(Path(checkpoints).parent, settings_columns(name, net, data, settings, study), data)
     label = f"{name} {net.norm} norm, seed {settings.seed}" + (f" [{data.name}]" if data.synthetic else "")
     checkpoint = checkpoints and Path(checkpoints) / f"{name}-{settings.seed}.pt"
     history = train(net, data, settings, label, track, checkpoint=checkpoint)
     return finish(name, net, data, settings, history, study, history[-1]["elapsed"])
+
+
+def settings_columns(name, net, data, settings, study):
+    """Return the columns of a run's row that tell it apart, which are known before it."""
+    if study == "main" and settings.epochs < MAX_EPOCHS:
+        study = "short"
+    return {
+        "study": "synthetic" if data.synthetic else study,
+        "dataset": data.name,
+        "net": name,
+        **records.net_columns(net, settings.batch_size),
+        **{setting: value for setting, value in asdict(settings).items() if setting in Settings.__dataclass_fields__},
+        "train_images": len(data.images),
+        "split": data.split,
+    }
 
 
 def finish(name, net, data, settings, history, study, seconds, diverged=False, fused=None):
@@ -237,26 +252,13 @@ def finish(name, net, data, settings, history, study, seconds, diverged=False, f
     The row of a run that diverged has no accuracies.
     """
     scores = test(net, data.test_images, data.test_labels)
-    if study == "main" and settings.epochs < MAX_EPOCHS:
-        study = "short"
     accuracy = {f"{split}_accuracy": "" for split in ("train", "test", "validation")} | {"test_loss": ""}
     if not diverged:
         accuracy["train_accuracy"] = round(test(net, data.images, data.labels).accuracy, 3)
         accuracy[f"{data.split}_accuracy"] = round(scores.accuracy, 3)
         if data.split == "test":
             accuracy["test_loss"] = round(scores.loss, 5)
-    row = {
-        "study": "synthetic" if data.synthetic else study,
-        "dataset": data.name,
-        "net": name,
-        "norm": net.norm,
-        **records.statistics_columns(net.norm, net.groups, settings.batch_size),
-        "widths": " ".join(map(str, net.widths)),
-        "activation": "SiLU",
-        "initial_weights": "",
-        **{setting: value for setting, value in asdict(settings).items() if setting in Settings.__dataclass_fields__},
-        "train_images": len(data.images),
-        "split": data.split,
+    row = settings_columns(name, net, data, settings, study) | {
         "precision": str(fast.pick_precision(data.images.device)).removeprefix("torch."),
         "step": "fused" if takes_fused_step(net, data.images.device, fused) else "PyTorch",
         "parameters": sum(p.numel() for p in net.parameters()),
@@ -271,17 +273,21 @@ def finish(name, net, data, settings, history, study, seconds, diverged=False, f
 
 
 def save_runs(runs, data, folder):
-    """Write one net's runs under `folder`: rows, histories, and the first seed's weights and mistakes.
+    """Write one net's runs under `folder`: rows, histories, predictions, and the first seed's weights and mistakes.
 
-    Removes the runs' checkpoints, in folder/checkpoints.
+    They replace what is there of this net; only rows of other settings stay. Removes the runs' checkpoints, in
+    folder/checkpoints. ValueError, before anything is written, for a folder with runs of other data.
     """
-    folder, name = Path(folder), runs[0].row["net"]
-    records.upsert(folder / "results" / "runs.csv", [one.row for one in runs])
+    folder, results, runs = Path(folder), Path(folder) / "results", sorted(runs, key=lambda one: one.row["seed"])
+    records.check_runs(runs, data, folder)
+    first, name, seeds = runs[0], runs[0].row["net"], [one.row["seed"] for one in runs]
+    predictions = torch.stack([one.scores.predictions for one in runs]).numpy()
+    records.save_predictions(results / "predictions.npz", name, seeds, predictions, data.test_labels.cpu().numpy())
+    records.upsert(results / "runs.csv", [one.row for one in runs])
     epochs = [{"net": name, "seed": one.row["seed"]} | epoch for one in runs for epoch in one.history]
-    records.upsert(folder / "results" / "history.csv", pd.DataFrame(epochs).round(5).to_dict("records"), key=["net"])
-    wrong = mistakes_table(runs[0], data).to_dict("records")
-    records.upsert(folder / "results" / "mistakes.csv", wrong, key=["net"])
-    weights = {key: value.cpu().contiguous() for key, value in runs[0].net.state_dict().items()}
+    records.upsert(results / "history.csv", pd.DataFrame(epochs).round(5).to_dict("records"), key=["net"])
+    records.upsert(results / "mistakes.csv", mistakes_table(first, data).to_dict("records"), key=["net"])
+    weights = {key: value.cpu().contiguous() for key, value in first.net.state_dict().items()}
     files.save_tensors(folder / "weights" / f"{name}.pt", weights)
     for one in runs:
         records.remove_checkpoint(folder / "checkpoints" / f"{name}-{one.row['seed']}.pt", one.history)
@@ -392,9 +398,3 @@ def plot_mistakes(run, data, path=None, votes=None):
     if path:
         save_figure(path, figure)
     return figure
-
-
-def describe_votes(votes, classes, most=2):
-    """Return what people answered for an image, the commonest first: "25 frog, 24 cat"."""
-    commonest = votes.argsort(descending=True, stable=True)[:most]
-    return ", ".join(f"{votes[i]} {classes[i]}" for i in commonest if votes[i])

@@ -128,3 +128,9 @@ def people_table(runs, data, votes):
     everything = round(100 * disputed.float().mean().item(), 1)
     lines.append({"norm": "all test images", "images": len(labels), "disputed": everything})
     return pd.DataFrame(lines).set_index("norm")
+
+
+def describe_votes(votes, classes, most=2):
+    """Return what people answered for an image, the commonest first: "25 frog, 24 cat"."""
+    commonest = votes.argsort(descending=True, stable=True)[:most]
+    return ", ".join(f"{votes[i]} {classes[i]}" for i in commonest if votes[i])

@@ -77,11 +77,79 @@ def _key_of(row, key):
     return tuple(re.sub(r"^(-?\d+)\.0$", r"\1", row.get(name, "")) for name in key)  # 1.0 is 1
 
 
-def check_writable(path):
-    """Raise what `upsert` would, OSError for the place or ValueError for a damaged file; change nothing."""
+def check_writable(path, columns=()):
+    """Raise what `upsert` would, OSError for the place or ValueError for what is in the file; change nothing.
+
+    columns  those of the new rows; without, the file's are not compared with them
+    """
     files.check_writable(path)
     if (content := read_bytes(path)) is not None:
-        _table(path, content)
+        header = _table(path, content)[0]
+        for name in set(header) - {*columns, *MEASURED} if columns else ():
+            raise ValueError(f"{path} has a column {name!r}, which tells rows apart and new rows lack; delete it")
+
+
+def save_predictions(path, net, seeds, predictions, labels):
+    """Save the classes that a net's runs predict, (seeds, N), beside those of other nets and the true ones, (N,).
+
+    Replaces what is there of this net. ValueError when the file holds other labels, or is damaged.
+    """
+    with replacement(path) as (target, temporary):
+        arrays = read_predictions(target, labels) | {"labels": labels, net: predictions, f"{net} seeds": seeds}
+        for name, value in arrays.items():
+            if not name.endswith(" seeds"):  # bytes, up to 256 classes; an image's seeds side by side compress well
+                arrays[name] = np.asfortranarray(value, np.min_scalar_type(value.max()))
+        with open(temporary, "wb") as file:
+            np.savez_compressed(file, **arrays)
+
+
+def read_predictions(path, labels=None):
+    """Return the arrays of `save_predictions` by name, none when absent. ValueError as there."""
+    if (content := read_bytes(path)) is None:
+        return {}
+    try:
+        found = dict(np.load(io.BytesIO(content), allow_pickle=False))
+        images, other = len(found["labels"]), labels is not None and not np.array_equal(found["labels"], labels)
+    except Exception as error:  # of many kinds
+        raise ValueError(f"{path} can't be read as predictions ({_reason(error)}); mend or delete it") from None
+    if other:
+        raise ValueError(f"{path} holds predictions for {images} images with other labels; name another folder")
+    return found
+
+
+def _reason(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def check_folder(folder, row, data):
+    """Raise what saving runs with this row's settings on `data` in `folder` would; change nothing."""
+    check_writable(folder / "results" / "runs.csv", row)
+    read_predictions(folder / "results" / "predictions.npz", data.test_labels.cpu().numpy())
+
+
+def check_runs(runs, data, folder):
+    """Raise ValueError unless the runs are of one net, each seed once, tested on `data`, and `folder` takes them."""
+    nets, seeds = ([one.row[column] for one in runs] for column in ("net", "seed"))
+    if len(set(nets)) != 1 or len(set(seeds)) < len(seeds):
+        raise ValueError(f"runs are of {nets} with seeds {seeds}; give runs of one net, each seed once")
+    labels = data.test_labels.cpu()
+    for one in runs:
+        found, form = one.scores.predictions, (data.name, data.split, len(labels))
+        same = (one.row["dataset"], one.row["split"], len(found)) == form
+        if not same or abs(100 * (found == labels).float().mean() - one.scores.accuracy) > 1e-3:
+            raise ValueError(f"data are not what {one.name} was tested on, but {data.name}, {data.split} split")
+    check_folder(folder, runs[0].row, data)
+
+
+def net_columns(net, batch_size):
+    """Return the columns of results/runs.csv that describe a published net."""
+    return {
+        "norm": net.norm,
+        **statistics_columns(net.norm, net.groups, batch_size),
+        "widths": " ".join(map(str, net.widths)),
+        "activation": "SiLU",
+        "initial_weights": "",
+    }
 
 
 def statistics_columns(norm, groups, batch_size):
@@ -278,8 +346,7 @@ def read_checkpoint(path, fingerprint, steps_per_epoch, like):
             _check_progress(found, history, state, steps_per_epoch)
             _check_form(state, like, "state")
     except Exception as error:  # of many kinds: cut off, altered, not a checkpoint at all
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{path} can't be read as a checkpoint ({reason[0]}); {advice}") from None
+        raise ValueError(f"{path} can't be read as a checkpoint ({_reason(error)}); {advice}") from None
     for name in differing:
         pair = [str(run.get(name)) for run in (found, fingerprint)]
         lines = itertools.zip_longest(*(text.splitlines() for text in pair), fillvalue="")

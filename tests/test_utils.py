@@ -641,6 +641,69 @@ def test_runs_are_saved_and_leave_no_checkpoint(tiny, two_runs):
     assert torch.equal(utils.test(net, tiny.test_images, tiny.test_labels).predictions, runs[0].scores.predictions)
 
 
+def test_predictions_are_saved_by_seed(tiny, two_runs, tmp_path):
+    """And of the first seed the weights and mistakes, in whatever order the runs are given."""
+    (first, second), _ = two_runs
+    utils.save_runs([second, first], tiny, tmp_path)
+    found = np.load(tmp_path / "results" / "predictions.npz", allow_pickle=False)
+    assert found["NetA seeds"].tolist() == [7, 8]
+    assert found["NetA"].tolist() == [one.scores.predictions.tolist() for one in (first, second)]
+    assert found["labels"].tolist() == tiny.test_labels.tolist()
+    assert found["NetA"].dtype == found["labels"].dtype == np.uint8
+    weights = torch.load(tmp_path / "weights" / "NetA.pt", weights_only=True)
+    assert same(weights, first.net.state_dict())
+    mistakes = pd.read_csv(tmp_path / "results" / "mistakes.csv")
+    assert mistakes["index"].tolist() == utils.mistakes_table(first, tiny)["index"].tolist()
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"}
+
+
+def test_a_folder_of_other_data_is_refused_before_training(tiny, two_runs, tmp_path, monkeypatch):
+    """So that another data set's runs replace neither histories nor mistakes nor weights."""
+    utils.save_runs(two_runs[0], tiny, tmp_path)
+    before = contents(tmp_path)
+    other = replace(tiny, test_images=tiny.test_images.flip(0), test_labels=tiny.test_labels.flip(0), name="CIFAR-100")
+    [run] = [utils.run("NetB", other, Settings(epochs=1, batch_size=50))]
+    monkeypatch.setattr(Trainer, "step", lambda trainer: pytest.fail("it was trained"))
+    for call in (
+        lambda: utils.run("NetB", other, SHORT, checkpoints=tmp_path / "checkpoints"),
+        lambda: utils.save_runs([run], other, tmp_path),
+    ):
+        refuses(call, f"{tmp_path}/results/predictions.npz holds predictions for 50 images with other labels; name an")
+    assert contents(tmp_path) == before
+
+
+def test_a_column_that_rows_lack_is_refused_before_training(tiny, two_runs, tmp_path, monkeypatch):
+    utils.save_runs(two_runs[0], tiny, tmp_path)
+    rows = pd.read_csv(tmp_path / "results" / "runs.csv")
+    rows.assign(note="by hand").to_csv(tmp_path / "results" / "runs.csv", index=False)
+    before = contents(tmp_path)
+    monkeypatch.setattr(Trainer, "step", lambda trainer: pytest.fail("it was trained"))
+    for call in (
+        lambda: utils.run("NetB", tiny, SHORT, checkpoints=tmp_path / "checkpoints"),
+        lambda: utils.save_runs(two_runs[0], tiny, tmp_path),
+    ):
+        refuses(call, f"{tmp_path}/results/runs.csv has a column 'note'")
+    assert contents(tmp_path) == before
+
+
+def test_runs_that_do_not_belong_together_are_not_saved(tiny, two_runs, tmp_path):
+    (first, second), _ = two_runs
+    of_another_net = replace(second, row=second.row | {"net": "NetB"})
+    for runs in ([first, of_another_net], [first, second, first], []):
+        nets, seeds = [one.row["net"] for one in runs], sorted(one.row["seed"] for one in runs)
+        message = f"runs are of {nets} with seeds {seeds}; give runs of one net, each seed once"
+        refuses(lambda runs=runs: utils.save_runs(runs, tiny, tmp_path), message)
+    few = {"test_images": tiny.test_images[:9], "test_labels": tiny.test_labels[:9]}
+    for changes in ({"test_labels": (tiny.test_labels + 1) % 10}, {"name": "CIFAR-10"}, {"split": "validation"}, few):
+        data = replace(tiny, **changes)
+        message = f"data are not what batch norm (NetA), seed 7 was tested on, but {data.name}, {data.split} split"
+        refuses(lambda data=data: utils.save_runs([first], data, tmp_path), message)
+    assert not list(tmp_path.iterdir())
+
+
 def test_another_runs_checkpoint_is_left(tiny, two_runs, tmp_path, monkeypatch):
     """One that was interrupted, at other settings; the runs that are saved had none."""
     path = tmp_path / "checkpoints" / "NetA-7.pt"

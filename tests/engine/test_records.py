@@ -248,6 +248,83 @@ def test_a_table_that_cannot_be_written_is_refused_before_there_are_rows(path, t
         assert sorted(tmp_path.rglob("*")) == names
 
 
+def test_a_column_that_new_rows_would_lack_is_refused_before_there_are_rows(path):
+    path.write_text("study,net,seed,note,test_accuracy\nmain,NetA,0,,70.5\n")
+    records.check_writable(path, [*ROW, "note"])
+    records.check_writable(path)
+    before = path.read_bytes()
+    refused(lambda: records.check_writable(path, ROW), ValueError, path, "column 'note'", "delete it")
+    assert path.read_bytes() == before
+
+
+LABELS_OF_100 = np.arange(100) % 10
+
+
+def test_predictions_of_other_nets_stay(tmp_path):
+    path, random = tmp_path / "results" / "predictions.npz", np.random.default_rng(0)
+    assert records.read_predictions(path) == {}
+    saved = {}
+    for net, seeds in (("NetA", [0, 1]), ("NetB", [2]), ("NetA", [1, 5, 7])):
+        saved[net] = random.integers(0, 10, (len(seeds), 100))
+        saved[f"{net} seeds"] = seeds
+        records.save_predictions(path, net, seeds, saved[net], LABELS_OF_100)
+    found = dict(np.load(path, allow_pickle=False))
+    assert set(found) == {*saved, "labels"}
+    assert all(np.array_equal(found[name], value) for name, value in (saved | {"labels": LABELS_OF_100}).items())
+    assert {found[name].dtype for name in ("NetA", "NetB", "labels")} == {np.dtype(np.uint8)}
+    assert list(records.read_predictions(path, LABELS_OF_100)) == list(found)
+
+
+def test_more_classes_than_a_byte_holds_are_kept(tmp_path):
+    path = tmp_path / "predictions.npz"
+    for largest in (255, 256):
+        records.save_predictions(path, "NetA", [0], np.array([[0, largest]]), np.array([0, 1]))
+        assert records.read_predictions(path)["NetA"].tolist() == [[0, largest]]
+
+
+def test_predictions_of_thirty_runs_are_small(tmp_path):
+    """Ten seeds of three nets; of 10,000 images a seventh are wrong, most of them for several seeds."""
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 10, 10_000)
+    hard = random.random(10_000) < 0.25
+    for net in utils.NETS:
+        wrong = hard & (random.random((10, 10_000)) < 0.55)
+        predictions = np.where(wrong, random.integers(0, 10, (10, 10_000)), labels)
+        records.save_predictions(tmp_path / "predictions.npz", net, range(10), predictions, labels)
+    assert (tmp_path / "predictions.npz").stat().st_size < 150_000
+
+
+def test_predictions_beside_other_labels_are_refused(tmp_path):
+    path = tmp_path / "predictions.npz"
+    records.save_predictions(path, "NetA", [0], LABELS_OF_100[None], LABELS_OF_100)
+    before = path.read_bytes()
+    for labels in (LABELS_OF_100[::-1], LABELS_OF_100[:50]):
+        for call in (
+            lambda labels=labels: records.save_predictions(path, "NetB", [0], labels[None], labels),
+            lambda labels=labels: records.read_predictions(path, labels),
+        ):
+            refused(call, ValueError, f"{path} holds predictions for 100 images with other labels; name another folder")
+    assert path.read_bytes() == before
+
+
+def test_damaged_predictions_are_refused_and_kept(tmp_path):
+    path = tmp_path / "predictions.npz"
+    records.save_predictions(path, "NetA", [0], LABELS_OF_100[None], LABELS_OF_100)
+    whole, npy, objects = path.read_bytes(), io.BytesIO(), io.BytesIO()
+    np.save(npy, LABELS_OF_100)
+    np.savez(objects, labels=np.array([{}], dtype=object))
+    middle = whole.index(b"labels.npy") + 60
+    flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    for content in (b"", b"damaged", whole[:-30], flipped, npy.getvalue(), objects.getvalue()):
+        path.write_bytes(content)
+        for call in (
+            lambda: records.read_predictions(path),
+            lambda: records.save_predictions(path, "NetB", [0], LABELS_OF_100[None], LABELS_OF_100),
+        ):
+            refused(call, ValueError, f"{path} can't be read as predictions (", "; mend or delete it")
+        assert path.read_bytes() == content
+
+
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
 def test_no_table_is_waited_for(tmp_path, make):
     make(tmp_path / "runs.csv")
