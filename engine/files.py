@@ -68,6 +68,24 @@ def replacement(path):
         raise OSError(f"{path} can't be written: {f'the disk at {disk} is full' if full else error}") from None
 
 
+@contextlib.contextmanager
+def all_or_none(paths):
+    """Put the files back when anything is raised inside, KeyboardInterrupt too. OSError if one can't be written."""
+    before = {}
+    for path in paths:
+        check_writable(path)
+        before[path] = read_bytes(path)
+    try:
+        yield
+    except BaseException:
+        for path, content in before.items():
+            if content is None:
+                Path(path).unlink(missing_ok=True)
+            elif read_bytes(path) != content:
+                save(path, lambda temporary, content=content: temporary.write_bytes(content))
+        raise
+
+
 def check_path(path):
     """Raise TypeError unless `path` is a str or a Path, which a number is not: it would be a file descriptor."""
     if not isinstance(path, str | os.PathLike):

@@ -4,7 +4,7 @@
     python -m experiments.publish --no-run        check and copy what is in out/published
     python -m experiments.publish --no-run --commit 1a2b3c4    the same for a run where there was no git
 
-Copies the executed notebook, the grids in img/, the weights, and the rows of results/. For a run on another machine:
+Copies the executed notebook, the grids in img/, the weights, rows and predictions. For a run on another machine:
 
     papermill s8.ipynb out/published/s8.ipynb -p folder out/published -p seeds 10 -p source cifar10
 """
@@ -32,19 +32,20 @@ from PIL import Image
 import models
 import utils
 from engine import files, records
+from engine.data import CIFAR10_CLASSES, load_data
 from experiments import ROOT
 from experiments.sweeps import read_texts
 
-SEEDS = 10
+SEEDS, IMAGES = 10, 10_000
 FOLDER = ROOT.resolve() / "out" / "published"  # emptied before each run, so that it holds nothing else
 TABLES = {  # the columns that their checks need
-    "runs": ["study", "dataset", "net", "split", "test_accuracy", "device", "commit", "status"],  # and Settings
+    "runs": ["net", "seed", "test_accuracy", "seconds", "device", "torch", "commit"],  # and `published_columns`
     "history": ["net", "seed", *records.HISTORY],
     "mistakes": ["net", "index", "true", "predicted", "confidence"],
     "inside": ["net", "images", "layer", "spread"],
 }
 COPIES = [f"img/{norm}.png" for norm in ("batch", "layer", "group")] + [f"weights/{net}.pt" for net in utils.NETS]
-COPIES += [f"results/{name}.csv" for name in TABLES if name != "runs"]
+COPIES += ["results/predictions.npz", *(f"results/{name}.csv" for name in TABLES if name != "runs")]
 
 
 class Refused(Exception):
@@ -90,6 +91,15 @@ def read_table(path, columns):
     return table
 
 
+def published_columns(net):
+    """Return what all published rows of a net have in common, as texts: its settings and how it is computed."""
+    settings, model = utils.Settings(learning_rate=utils.LEARNING_RATES[net]), getattr(models, net)()
+    columns = {"study": "main", "dataset": "CIFAR-10", "split": "test", "status": "done", "train_images": 50_000}
+    columns |= {"precision": "float16", "step": "fused", "parameters": sum(p.numel() for p in model.parameters())}
+    columns |= asdict(settings) | records.net_columns(model, settings.batch_size)
+    return {name: str(value) for name, value in columns.items() if name != "seed"}
+
+
 def check_rows(rows, commit):
     """Return the rows to publish, which name their commit; Refused unless all are there and of one clean commit."""
     rows = rows.assign(commit=rows["commit"].where(rows["commit"] != "unknown", commit or "unknown"))
@@ -99,14 +109,13 @@ def check_rows(rows, commit):
             raise Refused(f"a row has net {net!r}; {', '.join(utils.NETS)} are published")
         if seeds != list(range(SEEDS)):
             raise Refused(f"{net} has the seeds {seeds}; 0 to {SEEDS - 1} are published")
-    wanted = {"study": "main", "split": "test", "status": "done", "epochs": str(utils.MAX_EPOCHS)}
-    wanted |= {"dataset": "CIFAR-10", "step": "fused", "train_images": "50000", "precision": "float16"}
     for net, own in rows.groupby("net"):
-        settings = asdict(utils.Settings(learning_rate=utils.LEARNING_RATES[net]))
-        settings = {name: str(value) for name, value in settings.items() if name not in ("seed", "epochs")}
-        for column, value in (wanted | settings).items():
+        columns = published_columns(net)
+        for column, value in columns.items():
             for found in set(own[column]) - {value}:
                 raise Refused(f"a row of {net} has {column} {found!r}; {value!r} is published")
+        for name in set(rows) - {"net", "seed", *columns, *records.MEASURED}:
+            raise Refused(f"it has a column {name!r}, which is not published")
     for found in rows["test_accuracy"][~pd.to_numeric(rows["test_accuracy"], errors="coerce").between(0, 100)]:
         raise Refused(f"a row has test_accuracy {found!r}; a number from 0 to 100 is published")
     for found in rows["device"][rows["device"].str.match("cpu|$")]:
@@ -120,27 +129,80 @@ def check_rows(rows, commit):
     return rows
 
 
-def check_file(path, rows):
+def check_file(path, rows, predictions):
     """Refused unless a picture is whole, weights load into their net, or a table has what `rows` ask for."""
     if path.suffix == ".png":
         with Image.open(path, formats=["PNG"]) as image:
             return image.verify()
     if path.suffix == ".pt":
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-        return getattr(models, path.stem)().load_state_dict(weights, strict=True)
+        return load(path)
+    if path.suffix == ".npz":
+        return check_predictions(predictions, rows)
     table = read_table(path, TABLES[path.stem])
     if path.stem == "history":
         found = list(zip(table["net"], table["seed"], table["epoch"], strict=True))
         runs = list(zip(rows["net"], rows["seed"], strict=True))
         wanted = [(*run, str(epoch)) for run in runs for epoch in range(1, utils.MAX_EPOCHS + 1)]
-        for net, seed, epoch in sorted((Counter(found) - Counter(wanted)) | (Counter(wanted) - Counter(found))):
+        for net, seed, epoch in differences(found, wanted):
             raise Refused(f"{net}, seed {seed}, epoch {epoch} is missing, there twice or not published")
+        last = table[table["epoch"] == str(utils.MAX_EPOCHS)].merge(rows, on=["net", "seed"], suffixes=("_there", ""))
+        for name, there in (("test_accuracy", "test_accuracy_there"), ("seconds", "elapsed")):
+            apart = (pd.to_numeric(last[there], errors="coerce") - last[name].astype(float)).abs()
+            same = (last[there] == "") | (apart < 0.006)  # "": not tested each epoch; both are rounded
+            for net, seed, value in last.loc[~same, ["net", "seed", name]].to_numpy():
+                raise Refused(f"{net}, seed {seed} ends at another {name} than its row's, {value}")
     if path.stem == "mistakes":
-        accuracies = rows[rows["seed"] == "0"].set_index("net")["test_accuracy"].astype(float)
-        for net in dict.fromkeys((*utils.NETS, *table["net"])):
-            found, wanted = (table["net"] == net).sum(), round(100 * (100 - accuracies.get(net, 100)))
-            if found != wanted:
-                raise Refused(f"{net} has {found} mistakes; its seed 0's accuracy on 10,000 images says {wanted}")
+        labels, wanted = predictions["labels"], []
+        for net in utils.NETS:
+            for index in (predictions[net][0] != labels).nonzero()[0]:
+                classes = (CIFAR10_CLASSES[of[index]] for of in (labels, predictions[net][0]))
+                wanted.append((net, str(index), *classes))
+        found = map(tuple, table[["net", "index", "true", "predicted"]].to_numpy())
+        for net, index, true, predicted in differences(found, wanted):
+            raise Refused(f"{net}, image {index}, {true} as {predicted}: not once both here and in predictions.npz")
+
+
+def differences(found, wanted):
+    """List what is in one of two lists more often than in the other."""
+    found, wanted = Counter(found), Counter(wanted)
+    return sorted((found - wanted) | (wanted - found))
+
+
+def load(path):
+    """Return the net that a file in weights/ is named for, with its weights."""
+    net = getattr(models, path.stem)()
+    net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), strict=True)
+    return net
+
+
+def check_predictions(predictions, rows):
+    """Refused unless the predictions are those of ten seeds, and as often right as the rows say."""
+    names = {"labels", *(f"{net}{end}" for net in utils.NETS for end in ("", " seeds"))}
+    if predictions.keys() != names:
+        raise Refused(f"it holds {', '.join(predictions)}; {', '.join(sorted(names))} are published")
+    for net in utils.NETS:
+        found, seeds = predictions[net], predictions[f"{net} seeds"].tolist()
+        form = f"{found.dtype} of {found.shape} for the seeds {seeds}"
+        if form != (wanted := f"uint8 of {(SEEDS, IMAGES)} for the seeds {list(range(SEEDS))}"):
+            raise Refused(f"{net} has {form}; {wanted} is published")
+        accuracies = rows[rows["net"] == net].set_index("seed")["test_accuracy"]
+        for seed, right in enumerate(found == predictions["labels"]):
+            accuracy, wanted = round(100 * right.mean(), 3), accuracies[str(seed)]
+            if accuracy != float(wanted):
+                raise Refused(f"{net}, seed {seed} is right for {accuracy}%, its row says {wanted}%")
+
+
+def check_weights(folder, predictions, data):
+    """Refused unless each net's weights predict what its first seed did; ten images may be decided by rounding."""
+    with naming(folder / "results" / "predictions.npz"):
+        if predictions["labels"].tolist() != data.test_labels.tolist():
+            raise Refused("its labels are not those of CIFAR-10's test images")
+    for net in utils.NETS:
+        with naming(folder / "weights" / f"{net}.pt") as path:
+            scores = utils.test(load(path).to(data.images.device), data.test_images, data.test_labels)
+            count = (scores.predictions.numpy() != predictions[net][0]).sum()
+            if count > 10:
+                raise Refused(f"it predicts another class than its seed 0 did for {count} of {IMAGES} test images")
 
 
 def committed(root):
@@ -229,23 +291,28 @@ def publish(folder, commit=None, root=ROOT):
         if (folder / file).resolve() != folder / file:
             raise Refused(f"{folder / file} is a symbolic link, or in one")
     with naming(folder / table) as path:
-        rows = check_rows(read_table(path, [*TABLES["runs"], *asdict(utils.Settings())]), commit)
+        rows = check_rows(read_table(path, [*TABLES["runs"], *published_columns("NetA")]), commit)
+    with naming(folder / "results" / "predictions.npz") as path:
+        predictions = records.read_predictions(path)
     for file in COPIES:
         with naming(folder / file) as path:
-            check_file(path, rows)
+            check_file(path, rows, predictions)
     with naming(root / notebook):
         original = committed(root)
     with naming(folder / notebook) as path:
         executed = nbformat.read(path, as_version=4)
         check_source(executed, original)
         content = f"{nbformat.writes(check_notebook(executed))}\n".encode()
-    with contextlib.ExitStack() as targets:  # which are replaced on leaving, unless writing one failed
-        for file in (*COPIES, notebook):
-            with naming(root / file) as path:
-                _, temporary = targets.enter_context(files.replacement(path))
+    try:
+        check_weights(folder, predictions, load_data(utils.pick_device(), "cifar10", root / "data"))
+    except OSError as error:
+        print(f"weights are not scored: {error}")
+    with naming(root), files.all_or_none([root / file for file in (*COPIES, notebook, table)]):
+        with contextlib.ExitStack() as targets:  # which are replaced on leaving, unless writing one failed
+            for file in (*COPIES, notebook):
+                _, temporary = targets.enter_context(files.replacement(root / file))
                 temporary.write_bytes(content if file == notebook else (folder / file).read_bytes())
-        with naming(root / table) as path:
-            records.upsert(path, rows, key=["study", "net", "seed"])  # in place of all that was published before
+        records.upsert(root / table, rows, key=["study", "net", "seed"])  # in place of all that was published before
 
 
 def main(arguments=None):

@@ -73,6 +73,31 @@ def test_what_fails_leaves_the_old_file_and_nothing_else(tmp_path, failure):
     assert not leftovers(tmp_path)
 
 
+@pytest.mark.parametrize("error", [OSError("full"), KeyboardInterrupt()])
+def test_several_files_are_written_all_or_none(tmp_path, error):
+    same, old, new = (tmp_path / name for name in ("same", "old", "new"))
+    for path in (same, old):
+        save(path, OLD)
+
+    def write(error=None):
+        with files.all_or_none([same, old, new]):
+            for path in (old, new):
+                save(path)
+            if error:
+                raise error
+
+    with pytest.raises(type(error)):
+        write(error)
+    assert (same.read_bytes(), old.read_bytes(), new.exists()) == (OLD, OLD, False)
+    same.chmod(0o444)
+    with pytest.raises(OSError, match=r"same can't be written: .* is read-only"):
+        write()
+    assert not new.exists()
+    same.chmod(0o644)
+    write()
+    assert (old.read_bytes(), new.read_bytes()) == (NEW, NEW)
+
+
 def kill_at(stage):
     """Let this process be killed where `replacement` has got to `stage`."""
 

@@ -18,6 +18,7 @@ from conftest import ROOT
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
+import hubconf
 import models
 import utils
 from engine import records
@@ -27,7 +28,8 @@ from experiments.sweeps import read_texts
 
 FILES = [f"img/{norm}.png" for norm in ("batch", "layer", "group")]
 FILES += [f"weights/{net}.pt" for net in ("NetA", "NetB", "NetC")]
-FILES += [f"results/{name}.csv" for name in ("history", "mistakes", "inside")]
+FILES += ["results/predictions.npz"] + [f"results/{name}.csv" for name in ("history", "mistakes", "inside")]
+EPOCH = "0.5,0.5,99.97,0.5,0.5,0.5"
 COMMIT = "1a2b3c4"
 PARAMETERS = {"seeds": 10, "source": "cifar10"}
 
@@ -73,6 +75,23 @@ def put(folder, root, notebook):
     nbformat.write(original, root / "s8.ipynb")
 
 
+@pytest.fixture(autouse=True)
+def without_data(monkeypatch):
+    def load_data(*arguments):
+        raise OSError("CIFAR-10 is not in data/ and can't be fetched")
+
+    monkeypatch.setattr(publish, "load_data", load_data)
+
+
+def predict(folder, **changes):
+    """Write predictions of ten seeds that are wrong for the first three images, with arrays in place of theirs."""
+    labels = np.full(10_000, 3, np.uint8)
+    wrong = np.where(np.arange(10_000) < 3, 5, labels).astype(np.uint8)
+    arrays = {"labels": labels} | {f"{net} seeds": np.arange(10) for net in utils.NETS}
+    arrays |= {net: np.tile(wrong, (10, 1)) for net in utils.NETS} | changes
+    np.savez_compressed(folder / "results" / "predictions.npz", **{k: v for k, v in arrays.items() if v is not None})
+
+
 @pytest.fixture
 def finished(tmp_path, notebook):
     """A folder as a run of ten seeds leaves it, and a checkout to publish it to."""
@@ -84,7 +103,8 @@ def finished(tmp_path, notebook):
         Image.new("RGB", (8, 8)).save(folder / "img" / f"{norm}.png")
     for net in utils.NETS:
         torch.save(getattr(models, net)().state_dict(), folder / "weights" / f"{net}.pt")
-    epochs = [f"{net},{seed},{1 + i}" + ",0.5" * 6 for net in utils.NETS for seed in range(10) for i in range(20)]
+    predict(folder)
+    epochs = [f"{net},{seed},{1 + i},{EPOCH}" for net in utils.NETS for seed in range(10) for i in range(20)]
     write(folder, "history", ",".join(["net", "seed", *records.HISTORY]), *epochs)
     mistakes = [f"{net},{index},cat,dog,0.1234567890123456789" for net in utils.NETS for index in range(3)]
     write(folder, "mistakes", "net,index,true,predicted,confidence", *mistakes)
@@ -96,7 +116,7 @@ def finished(tmp_path, notebook):
     assert len(rows) == 30
     rows = rows.assign(**{name: str(value) for name, value in asdict(utils.Settings()).items() if name != "seed"})
     rows = rows.assign(learning_rate=rows["net"].map(utils.LEARNING_RATES).map(str), commit=COMMIT)
-    records.upsert(folder / "results" / "runs.csv", rows.assign(test_accuracy="99.97"))
+    records.upsert(folder / "results" / "runs.csv", rows.assign(test_accuracy="99.97", seconds="0.5"))
     return folder, root
 
 
@@ -195,6 +215,33 @@ def test_a_row_of_another_kind_is_refused(finished, values, message):
 def test_a_row_at_another_setting_is_refused(finished, name, value):
     change(finished[0], **{name: value})
     refuse(finished, f"runs.csv: a row of NetC has {name} '{value}'; '.+' is published")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("norm", "layer"),
+        ("groups", "8"),
+        ("layer_variant", "C"),
+        ("statistics_batch", "50"),
+        ("widths", "8 8 8 8 8 8 8 8 8 8"),
+        ("activation", "ReLU"),
+        ("initial_weights", "he"),
+        ("parameters", "48043"),
+        ("train_images", "45000"),
+        ("precision", "float32"),
+        ("step", "PyTorch"),
+    ],
+)
+def test_a_row_of_another_net_or_computation_is_refused(finished, name, value):
+    change(finished[0], **{name: value})
+    refuse(finished, f"runs.csv: a row of NetC has {name} '{value}'; '.*' is published")
+
+
+def test_a_column_that_is_not_published_is_refused(finished):
+    rows = read_texts(finished[0] / "results" / "runs.csv")
+    rows.assign(note="").to_csv(finished[0] / "results" / "runs.csv", index=False)
+    refuse(finished, "runs.csv: it has a column 'note', which is not published")
 
 
 def test_each_net_has_its_own_learning_rate(finished):
@@ -314,8 +361,8 @@ def test_rows_without_a_column_are_refused(finished, column):
         ("NetB,3,20,", "NetB,3,19,"),
         ("NetB,3,20,", "NetB,10,20,"),
         ("NetB,3,20,", "Net,3,20,"),
-        ("NetB,3,20,0.5,0.5,0.5,0.5,0.5,0.5\r\n", ""),
-        ("NetB,3,20,", "NetA,0,1,0.5,0.5,0.5,0.5,0.5,0.5\r\nNetB,3,20,"),
+        (f"NetB,3,20,{EPOCH}\r\n", ""),
+        ("NetB,3,20,", f"NetA,0,1,{EPOCH}\r\nNetB,3,20,"),
     ],
 )
 def test_a_history_of_other_epochs_is_refused(finished, old, new):
@@ -326,27 +373,141 @@ def test_a_history_of_other_epochs_is_refused(finished, old, new):
     refuse(finished, r"history.csv: \w+, seed \d+, epoch \d+ is missing, there twice or not published")
 
 
-@pytest.mark.parametrize(("line", "net"), [("NetB,7,cat,dog,0.5", "NetB"), ("Net,7,cat,dog,0.5", "Net")])
-def test_mistakes_of_another_number_are_refused(finished, line, net):
-    with open(finished[0] / "results" / "mistakes.csv", "a") as file:
-        print(line, file=file)
-    refuse(finished, rf"mistakes.csv: {net} has \d mistakes; its seed 0's accuracy on 10,000 images says \d")
+@pytest.mark.parametrize(
+    ("new", "name", "value"),
+    [
+        (EPOCH.replace("99.97", "99.96"), "test_accuracy", "99.97"),
+        (EPOCH.replace("99.97", "nan"), "test_accuracy", "99.97"),
+        (EPOCH[:-3] + "0.52", "seconds", "0.5"),
+    ],
+)
+def test_a_history_that_ends_elsewhere_than_its_row_is_refused(finished, new, name, value):
+    path = finished[0] / "results" / "history.csv"
+    path.write_bytes(path.read_bytes().replace(f"NetB,3,20,{EPOCH}".encode(), f"NetB,3,20,{new}".encode()))
+    refuse(finished, f"history.csv: NetB, seed 3 ends at another {name} than its row's, {value}")
 
 
-def test_a_net_without_mistakes_is_refused(finished):
+def test_a_history_without_tests_is_published(finished):
+    path = finished[0] / "results" / "history.csv"
+    path.write_bytes(path.read_bytes().replace(EPOCH.encode(), EPOCH.replace("99.97", "").encode()))
+    publish.publish(*finished[:1], root=finished[1])
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"NetB,1,cat,dog", b"NetB,3,cat,dog"),
+        (b"NetB,1,cat,dog", b"NetB,1,cat,frog"),
+        (b"NetB,1,cat,dog", b"NetB,1,frog,dog"),
+        (b"NetB,1,cat,dog", b"Net,1,cat,dog"),
+        (b"NetB,1,cat,dog,0.1234567890123456789\r\n", b""),
+        (b"NetB,1,cat,dog", b"NetB,0,cat,dog,0.9\r\nNetB,1,cat,dog"),
+        (b"NetB,", b"NetC,"),
+    ],
+)
+def test_mistakes_that_are_not_the_first_seeds_are_refused(finished, old, new):
     path = finished[0] / "results" / "mistakes.csv"
-    path.write_bytes(b"".join(line for line in path.read_bytes().splitlines(True) if b"NetB" not in line))
-    refuse(finished, "mistakes.csv: NetB has 0 mistakes; its seed 0's accuracy on 10,000 images says 3")
+    path.write_bytes(path.read_bytes().replace(old, new))
+    refuse(finished, r"mistakes.csv: Net\w?, image \d, \w+ as \w+: not once both here and in predictions.npz")
 
 
-def test_mistakes_are_counted_by_the_first_seed(finished):
+def test_mistakes_are_those_of_the_first_seed(finished):
+    arrays = dict(np.load(finished[0] / "results" / "predictions.npz"))
+    for net in utils.NETS:
+        arrays[net][1:] = arrays["labels"]
+    predict(finished[0], **arrays)
     rows = read_texts(finished[0] / "results" / "runs.csv")
-    rows["test_accuracy"] = rows["test_accuracy"].where(rows["seed"] == "0", "88.8")
+    rows["test_accuracy"] = rows["test_accuracy"].where(rows["seed"] == "0", "100.0")
     rows.to_csv(finished[0] / "results" / "runs.csv", index=False)
+    path = finished[0] / "results" / "history.csv"
+    path.write_bytes(path.read_bytes().replace(b",99.97,", b",,"))
     publish.publish(finished[0], root=finished[1])
-    rows.loc[(rows["net"] == "NetA") & (rows["seed"] == "0"), "test_accuracy"] = "99.98"
-    rows.to_csv(finished[0] / "results" / "runs.csv", index=False)
-    refuse(finished, "NetA has 3 mistakes; its seed 0's accuracy on 10,000 images says 2")
+
+
+RIGHT = np.full((10, 10_000), 3, np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"NetB": None}, "it holds labels, .*; NetA, .*, labels are published"),
+        ({"NetB seeds": None}, "it holds labels, .*; NetA, .*, labels are published"),
+        ({"Net": RIGHT}, "it holds labels, .*Net; NetA, .*, labels are published"),
+        ({"NetB": RIGHT}, "NetB, seed 0 is right for 100.0%, its row says 99.97%"),
+        ({"labels": np.full(10_000, 4, np.uint8)}, "NetA, seed 0 is right for 0.0%, its row says 99.97%"),
+        (
+            {"NetB": RIGHT[:9]},
+            r"NetB has uint8 of \(9, 10000\) for .*; uint8 of \(10, 10000\) for .*, 9\] is published",
+        ),
+        ({"NetB": RIGHT[:, :100]}, r"NetB has uint8 of \(10, 100\) for the seeds"),
+        ({"NetB": RIGHT.astype(int)}, r"NetB has int64 of \(10, 10000\) for the seeds"),
+        ({"NetB seeds": np.arange(10)[::-1]}, r"NetB has uint8 of \(10, 10000\) for the seeds \[9, "),
+        ({"labels": RIGHT[0, :100]}, ""),
+    ],
+)
+def test_predictions_that_are_not_the_rows_are_refused(finished, changes, message):
+    predict(finished[0], **changes)
+    refuse(finished, f"predictions.npz: {message}")
+
+
+def test_predictions_that_are_no_archive_are_refused(finished):
+    (finished[0] / "results" / "predictions.npz").write_bytes(b"none")
+    refuse(finished, "predictions.npz can't be read as predictions")
+
+
+def test_weights_are_said_not_to_be_scored_where_there_is_no_data(finished, capsys):
+    publish.publish(finished[0], root=finished[1])
+    assert capsys.readouterr().out == "weights are not scored: CIFAR-10 is not in data/ and can't be fetched\n"
+
+
+def test_swapped_weights_are_refused(finished, real, monkeypatch):
+    """Also weights of another seed, or none that were trained; and labels that are not CIFAR-10's."""
+    folder, _ = finished
+    monkeypatch.setattr(publish, "load_data", lambda *arguments: real)
+    refuse(finished, "predictions.npz: its labels are not those of CIFAR-10's test images")
+    rows, arrays, mistakes = (
+        read_texts(folder / "results" / "runs.csv"),
+        {"labels": real.test_labels.byte().numpy()},
+        [],
+    )
+    for net in utils.NETS:
+        shutil.copy(ROOT / "weights" / f"{net}.pt", folder / "weights")
+        scores = utils.test(getattr(hubconf, net)(pretrained=True), real.test_images, real.test_labels)
+        arrays[net] = np.tile(scores.predictions.byte().numpy(), (10, 1))
+        rows.loc[rows["net"] == net, "test_accuracy"] = str(round(scores.accuracy, 3))
+        table = utils.mistakes_table(utils.Run(None, [], scores, {"net": net}), real)
+        mistakes += [",".join(map(str, row)) for row in table.to_numpy()]
+    predict(folder, **arrays)
+    rows.to_csv(folder / "results" / "runs.csv", index=False)
+    write(folder, "mistakes", "net,index,true,predicted,confidence", *mistakes)
+    path = folder / "results" / "history.csv"
+    path.write_bytes(path.read_bytes().replace(b",99.97,", b",,"))
+    for net, other in (("NetB", "NetC"), ("NetC", "NetB")):
+        shutil.copy(ROOT / "weights" / f"{other}.pt", folder / "weights" / f"{net}.pt")
+        refuse(finished, rf"{net}.pt: it predicts another class than its seed 0 did for \d{{4}} of 10000 test images")
+        shutil.copy(ROOT / "weights" / f"{net}.pt", folder / "weights")
+    publish.publish(folder, root=finished[1])
+
+
+@pytest.mark.parametrize("error", [OSError("No space left"), KeyboardInterrupt()])
+@pytest.mark.parametrize("number", [0, 1, 5, len(FILES), len(FILES) + 1])
+def test_a_failure_while_files_are_replaced_leaves_all_as_they_were(finished, monkeypatch, number, error):
+    """Of files that are there, and of those that are not yet there."""
+    folder, root = finished
+    for file in FILES[::2]:
+        (root / file).write_bytes(b"published before")
+    before, replace, calls = contents(root), os.replace, []
+
+    def failing(*paths):
+        calls.append(paths)
+        if len(calls) == number + 1:
+            raise error
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(Refused if isinstance(error, OSError) else KeyboardInterrupt):
+        publish.publish(folder, root=root)
+    assert contents(root) == before
 
 
 @pytest.mark.parametrize("file", ["img/batch.png", "results/inside.csv", "s8.ipynb", "results/runs.csv"])
