@@ -285,8 +285,8 @@ def save_runs(runs, data, folder):
     records.save_predictions(results / "predictions.npz", name, seeds, predictions, data.test_labels.cpu().numpy())
     records.upsert(results / "runs.csv", [one.row for one in runs])
     epochs = [{"net": name, "seed": one.row["seed"]} | epoch for one in runs for epoch in one.history]
-    records.upsert(results / "history.csv", pd.DataFrame(epochs).round(5).to_dict("records"), key=["net"])
-    records.upsert(results / "mistakes.csv", mistakes_table(first, data).to_dict("records"), key=["net"])
+    records.upsert(results / "history.csv", pd.DataFrame(epochs).round(5).to_dict("records"), key={"net": name})
+    records.upsert(results / "mistakes.csv", mistakes_table(first, data).to_dict("records"), key={"net": name})
     weights = {key: value.cpu().contiguous() for key, value in first.net.state_dict().items()}
     files.save_tensors(folder / "weights" / f"{name}.pt", weights)
     for one in runs:

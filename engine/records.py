@@ -39,7 +39,8 @@ _commit = None  # see set_commit
 def upsert(path, rows, key=None):
     """Upsert rows, dicts or a DataFrame, into a CSV file: they replace those there with the same key.
 
-    key  columns that every new row has, by default all but MEASURED. An old row without one counts as having "" there
+    key  columns that every new row has, by default all but MEASURED. An old row without one counts as having "" there.
+         A dict, {column: value}, replaces the old rows that have these values, even by none
 
     Values are written as given, so round floats first; None and nan as "". Several processes may write at a time.
     """
@@ -47,7 +48,7 @@ def upsert(path, rows, key=None):
         columns = [rows[name].to_numpy() for name in rows]
         rows = [dict(zip(rows, row, strict=True)) for row in zip(*columns, strict=True)]
     new = [{name: _text(value) for name, value in row.items()} for row in rows]
-    if not new:
+    if not new and not (isinstance(key, dict) and read_bytes(path)):
         return
     with replacement(path) as (target, temporary):
         content = read_bytes(target)
@@ -55,10 +56,11 @@ def upsert(path, rows, key=None):
         old = [dict(zip(header, row, strict=True)) for row in old]
         columns = list(dict.fromkeys([*header, *(name for row in new for name in row)]))
         unique = key is None  # a key that is named may be that of many rows
+        named = [{name: _text(value) for name, value in key.items()}] if isinstance(key, dict) else []
         key = list(key or [name for name in columns if name not in MEASURED]) or ["seed"]
         for name in (name for row in new for name in key if name not in row):
             raise ValueError(f"{path}: a new row has no {name!r}, which tells rows apart; give it a value")
-        replaced = {_key_of(row, key) for row in new}
+        replaced = {_key_of(row, key) for row in new + named}
         if unique and len(replaced) < len({tuple(row.items()) for row in new}):
             raise ValueError(f"{path}: two new rows are of the same run and differ; give each run once")
         kept = [row for row in old if _key_of(row, key) not in replaced]
@@ -110,21 +112,22 @@ def read_predictions(path, labels=None):
     try:
         found = dict(np.load(io.BytesIO(content), allow_pickle=False))
         images, other = len(found["labels"]), labels is not None and not np.array_equal(found["labels"], labels)
-    except Exception as error:  # of many kinds
-        raise ValueError(f"{path} can't be read as predictions ({_reason(error)}); mend or delete it") from None
+    except Exception:  # of many kinds
+        raise ValueError(f"{path} is no whole file of predictions; delete it") from None
     if other:
         raise ValueError(f"{path} holds predictions for {images} images with other labels; name another folder")
     return found
 
 
-def _reason(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def check_folder(folder, row, data):
     """Raise what saving runs with this row's settings on `data` in `folder` would; change nothing."""
-    check_writable(folder / "results" / "runs.csv", row)
-    read_predictions(folder / "results" / "predictions.npz", data.test_labels.cpu().numpy())
+    results = folder / "results"
+    check_writable(results / "runs.csv", row)
+    check_writable(results / "history.csv")
+    check_writable(results / "mistakes.csv")
+    for path in (results / "predictions.npz", folder / "weights" / f"{row['net']}.pt"):
+        files.check_writable(path)
+    read_predictions(results / "predictions.npz", data.test_labels.cpu().numpy())
 
 
 def check_runs(runs, data, folder):
@@ -346,7 +349,8 @@ def read_checkpoint(path, fingerprint, steps_per_epoch, like):
             _check_progress(found, history, state, steps_per_epoch)
             _check_form(state, like, "state")
     except Exception as error:  # of many kinds: cut off, altered, not a checkpoint at all
-        raise ValueError(f"{path} can't be read as a checkpoint ({_reason(error)}); {advice}") from None
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{path} can't be read as a checkpoint ({reason[0]}); {advice}") from None
     for name in differing:
         pair = [str(run.get(name)) for run in (found, fingerprint)]
         lines = itertools.zip_longest(*(text.splitlines() for text in pair), fillvalue="")

@@ -689,6 +689,32 @@ def test_a_column_that_rows_lack_is_refused_before_training(tiny, two_runs, tmp_
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    "name", ["results/runs.csv", "results/history.csv", "results/mistakes.csv", "results/predictions.npz", "NetA.pt"]
+)
+def test_a_file_that_can_not_be_written_is_named_before_training(tiny, two_runs, tmp_path, monkeypatch, name):
+    utils.save_runs(two_runs[0], tiny, tmp_path)
+    [path] = tmp_path.rglob(name.rpartition("/")[2])
+    path.chmod(0o444)
+    before = contents(tmp_path)
+    monkeypatch.setattr(Trainer, "step", lambda trainer: pytest.fail("it was trained"))
+    for call in (
+        lambda: utils.run("NetA", tiny, SHORT, checkpoints=tmp_path / "checkpoints"),
+        lambda: utils.save_runs(two_runs[0], tiny, tmp_path),
+    ):
+        with pytest.raises(OSError, match=rf"^{path} can't be written: [^\n]* is read-only$"):
+            call()
+    assert contents(tmp_path) == before
+
+
+def test_of_a_net_without_mistakes_and_history_none_are_left(tiny, two_runs, tmp_path):
+    utils.save_runs(two_runs[0], tiny, tmp_path)
+    scores = replace(two_runs[0][0].scores, predictions=tiny.test_labels, accuracy=100.0)
+    utils.save_runs([replace(two_runs[0][0], scores=scores, history=[])], tiny, tmp_path)
+    for name in ("history", "mistakes"):
+        assert pd.read_csv(tmp_path / "results" / f"{name}.csv").empty
+
+
 def test_runs_that_do_not_belong_together_are_not_saved(tiny, two_runs, tmp_path):
     (first, second), _ = two_runs
     of_another_net = replace(second, row=second.row | {"net": "NetB"})

@@ -82,6 +82,14 @@ def test_a_row_replaces_the_one_with_its_settings_and_no_other(path):
     assert [row["seed"] for row in rows_of(path)] == ["7"]
 
 
+def test_rows_of_a_key_with_values_are_replaced_by_none(path):
+    records.upsert(path, [ROW | {"net": "NetB"}], key={"net": "NetB"})
+    records.upsert(path, [], key={"net": "NetA"})
+    assert [row["net"] for row in rows_of(path)] == ["NetB"]
+    records.upsert(path.with_name("new.csv"), [], key={"net": "NetA"})
+    assert not path.with_name("new.csv").exists()
+
+
 def test_old_rows_stay_as_they_are_written(path):
     path.write_text('study,net,seed,note\nmain,NetA,0,"a, ""b""\nc"\nmain,NetB,007,0.50\n')
     records.upsert(path, [{"study": "main", "net": "NetA", "seed": 1, "note": ""}])
@@ -321,7 +329,7 @@ def test_damaged_predictions_are_refused_and_kept(tmp_path):
             lambda: records.read_predictions(path),
             lambda: records.save_predictions(path, "NetB", [0], LABELS_OF_100[None], LABELS_OF_100),
         ):
-            refused(call, ValueError, f"{path} can't be read as predictions (", "; mend or delete it")
+            refused(call, ValueError, f"{path} is no whole file of predictions; delete it")
         assert path.read_bytes() == content
 
 

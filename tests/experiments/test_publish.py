@@ -452,7 +452,7 @@ def test_predictions_that_are_not_the_rows_are_refused(finished, changes, messag
 
 def test_predictions_that_are_no_archive_are_refused(finished):
     (finished[0] / "results" / "predictions.npz").write_bytes(b"none")
-    refuse(finished, "predictions.npz can't be read as predictions")
+    refuse(finished, "predictions.npz is no whole file of predictions; delete it")
 
 
 def test_weights_are_said_not_to_be_scored_where_there_is_no_data(finished, capsys):
