@@ -84,7 +84,7 @@ def test_rows_name_the_variant_and_what_came_out(monkeypatch):
 
 def test_validation_runs_do_not_touch_the_test_set(tiny, monkeypatch):
     data, todo = tiny
-    monkeypatch.setattr(run, "validation_split", functools.partial(run.validation_split, per_class=10))
+    monkeypatch.setattr(run, "VALIDATION_IMAGES", 100)
     monkeypatch.setitem(SWEEPS, "tune", ("validation", lambda rows: todo[:1], None))
     seen, score = [], utils.test
     monkeypatch.setattr(utils, "test", lambda net, images, labels: seen.append(images) or score(net, images, labels))
@@ -135,7 +135,7 @@ def test_each_data_set_is_loaded_once_and_split_as_asked(tiny, monkeypatch):
     data, _ = tiny
     asked = []
     monkeypatch.setattr(run, "load_data", lambda device, source, root: asked.append(source) or data)
-    monkeypatch.setattr(run, "validation_split", functools.partial(run.validation_split, per_class=10))
+    monkeypatch.setattr(run, "VALIDATION_IMAGES", 100)
     assert run.data_of("CIFAR-100", "test") is data
     assert run.data_of("CIFAR-100", "validation").split == "validation"
     run.data_of("CIFAR-10", "validation")
