@@ -1,6 +1,6 @@
 """The figures of findings.ipynb, and those in img/ but for the grids of mistakes, which s8.ipynb draws.
 
-python -m experiments.figures    redraw accuracy.png, chain.png and cubes.png in img/ and, with CIFAR-10 in data/,
+python -m experiments.figures    redraw accuracy, lead, chain and cubes.png in img/ and, with CIFAR-10 in data/,
                                  same.png and cam.png from weights/, the nets of seed 0
 """
 
@@ -23,6 +23,7 @@ from experiments.tables import ALL, NORMS, OPTIMIZERS, select
 from models import NORM_OF
 
 LABELS = {"batch": "batch norm", "layer": "layer norm", "group": "group norm", "none": "no norm"}
+OPTIMIZER_COLORS = {"SGD": "#b3423a", "AdamW": "#7a6bb0", "Muon": "#2a7f62"}
 WIDTH = 8.8  # inches: at a README's width, 10 points are then 13 pixels
 LOWEST = 74  # percent: the bottom of `plot_rate`
 
@@ -168,6 +169,33 @@ def plot_budget(rows):
         axis.set_xticks(line.index, [f"{count:,}" for count in line.index], fontsize=8.5)
     axes[0].set_ylabel("test accuracy, %")
     axes[0].legend(frameon=False, loc="lower right")
+    return figure
+
+
+def plot_lead(rows):
+    """Draw batch norm's lead over layer norm by batch size, a line per optimizer and data set, with 95% intervals."""
+    figure, axes = panels(1, 2, 3.2, sharey=True)
+    table = tables.surface(rows).reset_index()
+    for axis, data in zip(axes, ("CIFAR-10", "CIFAR-100"), strict=True):
+        for aside, (name, color) in zip((0.97, 1, 1.03), OPTIMIZER_COLORS.items(), strict=True):
+            line = table[(table["dataset"] == data) & (table["optimizer"] == name)].set_index("batch_size")
+            if line.empty:
+                continue
+            lead, low, high = (line[f"batch minus layer{end}"] for end in ("", ", low", ", high"))
+            axis.errorbar(line.index * aside, lead, [lead - low, high - lead], fmt="o-", color=color, label=name)
+            axis.annotate(
+                f" {name}",
+                (line.index[-1] * aside, lead.iloc[-1]),
+                color=color,
+                va="center",
+                xytext=(6, 0),
+                textcoords="offset points",
+            )
+        axis.axhline(0, color=GRAY, linewidth=1)
+        axis.set(title=data, xscale="log", xlabel="batch size, images", xlim=(55, 2000))
+        axis.minorticks_off()
+        axis.set_xticks(sizes := [64, 125, 250, 500, 1000], [f"{size:,}" for size in sizes])
+    axes[0].set_ylabel("batch minus layer norm, points")
     return figure
 
 
@@ -354,7 +382,8 @@ def plot_cam(nets, scores, data, count=6):
 
 def plot_rows():
     """Draw the figures that need no images. Returns {name: figure}."""
-    return {"accuracy": plot_accuracy(tables.read_results()), "chain": plot_chain(), "cubes": plot_cubes()}
+    rows = tables.read_results()
+    return {"accuracy": plot_accuracy(rows), "lead": plot_lead(rows), "chain": plot_chain(), "cubes": plot_cubes()}
 
 
 def plot_images():

@@ -26,6 +26,7 @@ from engine.data import load_data, validation_split
 from engine.trainer import Trainer
 from experiments import ROOT
 from experiments.sweeps import RUNS, SWEEPS, missing, planned, read_texts, waits
+from experiments.variants import Experiment
 
 # Runs share a GPU, so that one computes while another waits for its small kernels: three of the published batch, as
 # bench.py measures, and the more the smaller the batch is. Not measured: where more than 12 stop paying.
@@ -160,7 +161,8 @@ def main(arguments=None):
             records.set_commit(options.commit)
         records.check_writable(RUNS)  # before hours of training
         records.code_commit()
-        data_of("CIFAR-10", "test")
+        data, one = data_of("CIFAR-10", "test"), Experiment()
+        records.check_writable(RUNS, utils.settings_columns(one.net, one.build(), data, one, "tune"))
     except (ValueError, OSError) as error:
         parser.error(str(error))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:

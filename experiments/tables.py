@@ -21,6 +21,13 @@ RESULTS = ROOT / "results"
 NORMS = ("batch", "layer", "group")
 ALL = (*NORMS, "none")  # with the control: scale and shift, no statistics
 OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW", "muon": "Muon"}
+TUNED = {"sgdw": "SGD", "adamw": "AdamW", "muon": "Muon"}  # of the sweeps lead and lead-100: decoupled decay in all
+CORNERS = [  # pairs whose leads `surface_contrasts` compares, as PLAN.md lists them
+    (("SGD", 500), ("Muon", 500)),
+    (("SGD", 64), ("Muon", 64)),
+    (("SGD", 500), ("SGD", 64)),
+    (("Muon", 500), ("Muon", 64)),
+]
 CHANCE = 10.0  # percent, with ten classes
 LEADS = (("batch", "layer"), ("batch", "group"))
 
@@ -485,6 +492,52 @@ def leads(runs, keys, column="test_accuracy"):
             line |= columns_of(contrast(of[first], of[second]), f"{first} minus {second}")
         lines[key] = line
     return pd.DataFrame.from_dict(lines, "index").rename_axis(keys)
+
+
+def surface(rows):
+    """Batch norm's leads by data set, optimizer and batch size, at each norm's own tuned rate and decay.
+
+    Columns as in `leads`, and the ratio of layer norm's errors to batch norm's.
+    """
+    table = leads(surface_runs(rows), ["dataset", "optimizer", "batch_size"])
+    table["errors, layer to batch"] = (100 - table["layer"]) / (100 - table["batch"])
+    return table.reindex(list(TUNED.values()), level="optimizer")
+
+
+def surface_runs(rows):
+    """The runs of `surface`, with the optimizers' names, without the control."""
+    runs = select(rows, study=("lead", "lead-100"), augment="none", norm=NORMS)
+    return runs.assign(optimizer=runs["optimizer"].map(TUNED))
+
+
+def surface_contrasts(rows):
+    """How leads differ between the corners of `surface`, with Holm's correction for each data set."""
+    lines = {}
+    for data, runs in surface_runs(rows).groupby("dataset"):
+        of = {key: samples(own) for key, own in runs.groupby(["optimizer", "batch_size"])}
+        for (one, other), (first, second) in itertools.product(CORNERS, LEADS):
+            parts = [of[corner][norm] for corner in (one, other) for norm in (first, second)]
+            found = contrast(*parts, weights=(1, -1, -1, 1))
+            name = f"{one[0]} at {one[1]} minus {other[0]} at {other[1]}"
+            lines[data, name, f"{first} minus {second}"] = columns_of(found, "points") | {"p, Holm": found.p}
+    table = pd.DataFrame.from_dict(lines, "index").rename_axis(["dataset", "leads", "of"])
+    table["p, Holm"] = table.groupby("dataset")["p, Holm"].transform(holm)
+    return table
+
+
+def without_norm(rows, optimizer="muon", batch_size=64):
+    """The control's test accuracy minus each norm's at a corner of `surface`."""
+    runs = select(rows, study="lead", augment="none", optimizer=optimizer, batch_size=batch_size)
+    of = samples(runs)
+    lines = {norm: columns_of(contrast(of["none"], of[norm]), "none minus norm") for norm in NORMS}
+    return pd.DataFrame.from_dict(lines, "index").rename_axis("norm")
+
+
+def chosen(rows):
+    """The learning rate that was chosen for each line of `surface`."""
+    runs = surface_runs(rows)
+    table = runs.pivot_table("learning_rate", ["dataset", "optimizer", "batch_size"], "norm")[list(NORMS)]
+    return table.reindex(list(TUNED.values()), level="optimizer").map("{:g}".format)
 
 
 def budget(rows, column):

@@ -36,6 +36,19 @@ def test_accuracy_shows_every_run_and_the_means():
             assert float(text.get_text()) == pytest.approx(values.mean(), abs=0.00501)
 
 
+def test_lead_shows_each_lead_with_its_interval():
+    table = tables.surface(ROWS)
+    for axis, data in zip(figures.plot_lead(ROWS).axes, ("CIFAR-10", "CIFAR-100"), strict=True):
+        drawn = {one.get_label(): one for one in axis.containers}
+        assert set(drawn) == set(table.loc[data].index.unique("optimizer"))
+        for name, one in drawn.items():
+            line, _, (bars,) = one
+            wanted = table.xs((data, name), level=("dataset", "optimizer"))
+            assert line.get_ydata() == pytest.approx(wanted["batch minus layer"].to_numpy())
+            ends = np.array([bar[:, 1] for bar in bars.get_segments()])
+            assert ends == pytest.approx(wanted[["batch minus layer, low", "batch minus layer, high"]].to_numpy())
+
+
 def test_rate_shows_means_where_they_are_high_and_crosses_elsewhere():
     figure = figures.plot_rate(ROWS)
     runs = rate_runs(ROWS)

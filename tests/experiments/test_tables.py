@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from engine.statistics import contrast
 from experiments import tables
 from experiments.tables import decimal_round, show
 
@@ -292,3 +293,48 @@ def test_speed_is_compared_with_the_plain_loop():
     line = tables.speed(bench).loc[("gpu", "CUDA graph")]
     assert line[["batch", "group", "times faster, from", "to"]].tolist() == [0.2, 0.3, 10.0, 15.0]
     assert len(tables.speed(bench)) == 2
+
+
+def lead_rows():
+    """Made-up runs of the sweeps lead and lead-100: batch norm is ahead by 1 at 64 and by 4 at 500, by 2 with Muon."""
+    found = []
+    for study, data in (("lead", "CIFAR-10"), ("lead-100", "CIFAR-100")):
+        for name, size, seed in itertools.product(("sgdw", "muon"), (64, 500), range(4)):
+            ahead = 2 if name == "muon" else {64: 1, 500: 4}[size]
+            for norm, level in {"batch": 70 + ahead, "layer": 70, "group": 70.5, "none": 69}.items():
+                row = {"study": study, "dataset": data, "optimizer": name, "batch_size": size, "augment": "none"}
+                row |= {"norm": norm, "seed": seed, "test_accuracy": level + 0.01 * (seed + len(norm)) ** 2 % 0.2}
+                found.append(row | {"learning_rate": {"batch": 0.3}.get(norm, 0.03)})
+    return pd.DataFrame(found)
+
+
+def test_leads_by_optimizer_and_batch_size():
+    rows = lead_rows()
+    augmented = rows.assign(augment="flip+crop", test_accuracy=0.0)
+    table = tables.surface(pd.concat([rows, augmented]))
+    assert list(table.index.droplevel(2).unique()) == [
+        (data, name) for data in ("CIFAR-10", "CIFAR-100") for name in ("SGD", "Muon")
+    ]
+    assert table["batch minus layer"].tolist() == pytest.approx([1, 4, 2, 2] * 2, abs=0.2)
+    errors = (100 - table["layer"]) / (100 - table["batch"])
+    assert table["errors, layer to batch"].tolist() == pytest.approx(errors.tolist())
+    assert (table["n"] == 4).all()
+    assert tables.chosen(rows)["batch"].unique().tolist() == ["0.3"]
+
+
+def test_leads_are_compared_between_corners_with_holms_correction():
+    table = tables.surface_contrasts(lead_rows())
+    points = table["points"].xs("batch minus layer", level="of").xs("CIFAR-100")
+    assert points.round().tolist() == [2, -1, 3, 0]
+    plain = table["p, Holm"].xs("CIFAR-10")
+    assert len(plain) == 8
+    runs = tables.surface_runs(lead_rows()).groupby(["dataset", "optimizer", "batch_size"])
+    of = {key: tables.samples(own) for key, own in runs}
+    one, other = of["CIFAR-10", "SGD", 500], of["CIFAR-10", "Muon", 500]
+    alone = contrast(one["batch"], one["layer"], other["batch"], other["layer"], weights=(1, -1, -1, 1)).p
+    assert alone < plain["SGD at 500 minus Muon at 500", "batch minus layer"] <= 8 * alone + 1e-12
+
+
+def test_no_norm_is_compared_with_each_norm():
+    table = tables.without_norm(lead_rows())
+    assert table["none minus norm"].tolist() == pytest.approx([-3, -1, -1.5], abs=0.2)

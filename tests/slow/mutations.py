@@ -157,7 +157,7 @@ MUTATIONS = [
     ),
     (
         "a setting that diverged once is not the best",
-        "experiments/sweeps.py",
+        "experiments/tuning.py",
         "values.mean(skipna=False)",
         "values.mean()",
         f"{SWEEPS}::test_a_setting_that_diverged_once_is_not_the_best",
@@ -258,7 +258,7 @@ MUTATIONS = [
     (
         "validation runs do not touch the test set",
         "experiments/run.py",
-        '    if SWEEPS[sweep][0] == "validation":\n',
+        '    if split == "validation":\n',
         "    if False:\n",
         f"{RUN}::test_validation_runs_do_not_touch_the_test_set",
     ),
