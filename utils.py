@@ -50,7 +50,7 @@ class Settings:
     seed: int = 0  # of initial weights, order of the images and augmentation
 
     def __post_init__(self):
-        highest = {"learning_rate": 10, "weight_decay": 1000, "momentum": 0.999, "label_smoothing": 1, "warmup": 0.99}
+        highest = {"learning_rate": 10, "weight_decay": 100, "momentum": 0.999, "label_smoothing": 1, "warmup": 0.99}
         for name, high in highest.items():
             value = getattr(self, name)
             value = value.item() if isinstance(value, np.number) else value
