@@ -235,6 +235,16 @@ def test_named_sweeps_run_in_their_order_under_the_named_commit(tiny, monkeypatc
     assert capsys.readouterr().out == "optimizer: waits for rate-seeds\n"
 
 
+def test_a_column_that_new_rows_lack_is_refused_before_training(tiny, monkeypatch, capsys):
+    records.upsert(run.RUNS, [tiny[1][0].columns() | {"study": "tune", "mood": "good"}])
+    before = run.RUNS.read_bytes()
+    monkeypatch.setattr(run, "run_sweep", lambda sweep: pytest.fail("it ran"))
+    with pytest.raises(SystemExit):
+        run.main(["tune"])
+    assert "has a column 'mood', which tells rows apart" in capsys.readouterr().err
+    assert run.RUNS.read_bytes() == before
+
+
 DRIVER = """
 import sys; sys.path.insert(0, {root!r})
 from dataclasses import replace
