@@ -13,7 +13,7 @@ Decay is counted as the share of a weight that an epoch at the peak rate takes,
     decay = weight_decay * learning_rate * 50,000 / batch_size
 
 because the best of it hardly depends on the rate: in the sweep `rate`, which tried each pair, accuracy has a ridge
-along which it is constant.
+along which it hardly changes.
 """
 
 from dataclasses import replace
