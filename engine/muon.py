@@ -20,6 +20,20 @@ def newton_schulz(matrices, dtype, steps=4):
     return x
 
 
+def fix_tensor_norm(matrices, dtype):
+    """Scale each matrix of a stack (K, m, n), m at most n, to the Frobenius norm of its orthogonal factor, sqrt(m).
+
+    Rows of zeros are padding and do not count.
+    """
+    rank = matrices.any(2).sum(1)[:, None, None]
+    return matrices * (rank.sqrt() / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7))
+
+
+def fix_filter_norm(matrices, dtype):
+    """Scale each row of a stack (K, m, n) to norm 1; rows of zeros stay zero."""
+    return matrices / (matrices.norm(dim=2, keepdim=True) + 1e-7)
+
+
 class Muon(torch.optim.Optimizer):
     """Take Muon's step for groups with `use_muon`, and SGD's with Nesterov momentum for the others.
 
@@ -28,14 +42,17 @@ class Muon(torch.optim.Optimizer):
     lr            learning rate: a float, or a tensor on the parameters' device, which can change inside a CUDA graph
     rest_lr       the other groups step with rest_lr * lr and do not decay
     dtype         type in which the Newton-Schulz iteration computes
+    direction     what makes the step of a stack (K, m, n) from its momentum: newton_schulz, or another norm of the step
 
     All matrices are orthogonalized at once, in one zero-padded stack, where torch.optim.Muon and timm take one after
     another. As in torch.optim, `found_inf` may hold a tensor that keeps the parameters as they are unless it is 0.
     ValueError for a group with `use_muon` whose parameters are not convolutions.
     """
 
-    def __init__(self, params, lr=0.03, momentum=0.95, weight_decay=0.0, rest_lr=10, dtype=torch.float32):
-        self.rest_lr, self.dtype, self.found_inf = rest_lr, dtype, None
+    def __init__(
+        self, params, lr=0.03, momentum=0.95, weight_decay=0.0, rest_lr=10, dtype=torch.float32, direction=newton_schulz
+    ):
+        self.rest_lr, self.dtype, self.direction, self.found_inf = rest_lr, dtype, direction, None
         self.flat = []  # per group: the momentum of all its parameters in one row, and their places in the stack
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "use_muon": False})
 
@@ -81,7 +98,7 @@ class Muon(torch.optim.Optimizer):
             if stack:
                 stack, places = stack
                 stack.view(-1)[places] = update
-                update.copy_(newton_schulz(stack, self.dtype).view(-1)[places])
+                update.copy_(self.direction(stack, self.dtype).view(-1)[places])
                 torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
             else:
                 update.mul_(self.rest_lr)

@@ -152,6 +152,7 @@ def net_columns(net, batch_size):
         "widths": " ".join(map(str, net.widths)),
         "activation": "SiLU",
         "initial_weights": "",
+        "convolution": "",
     }
 
 

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 import models
 from engine import fast
 from engine.data import crop_and_flip, normalize
-from engine.muon import Muon
+from engine.muon import Muon, fix_filter_norm, fix_tensor_norm, newton_schulz
 
 LOSS_SCALE = 128  # keeps gradients within float16's range; a power of two, so that dividing by it is exact
 
 
-def muon(groups, lr, momentum, dtype):
-    return Muon(groups, lr, momentum, dtype=dtype)
+def muon(groups, lr, momentum, dtype, **options):
+    return Muon(groups, lr, momentum, dtype=dtype, **options)
 
 
 def sgd(groups, lr, momentum, dtype):
@@ -60,8 +60,17 @@ def with_state(optimizer, *names):
     return optimizer
 
 
-# Decay is decoupled in muon, sgdw and adamw, an L2 term in the gradient in sgd.
-OPTIMIZERS = {"muon": muon, "sgd": sgd, "sgdw": sgdw, "adamw": adamw}
+# Decay is decoupled but in sgd, where it is an L2 term in the gradient. All parameters have one learning rate but in
+# muon, where scales, shifts and c11 have ten times as much.
+OPTIMIZERS = {
+    "muon": muon,
+    "sgd": sgd,
+    "sgdw": sgdw,
+    "adamw": adamw,
+    "muon-one-rate": functools.partial(muon, rest_lr=1),
+    "tensor-norm": functools.partial(muon, rest_lr=1, direction=fix_tensor_norm),
+    "filter-norm": functools.partial(muon, rest_lr=1, direction=fix_filter_norm),
+}
 
 
 def schedule(steps, peak, warmup=0.2, device=None):
@@ -189,7 +198,7 @@ class Trainer:
         self.fused_state = kernels.Steps(self.fused, *state)
         launches = [*self.fused.launches(*self.fused_state.batch), *self.fused_state.launches()]
         self.update = self.optimizer.step
-        if isinstance(self.optimizer, Muon):
+        if isinstance(self.optimizer, Muon) and self.optimizer.direction is newton_schulz:
             self.update = kernels.MuonStep(self.fused, self.optimizer)
             launches.append(self.update.launch())
         if self.stream:

@@ -25,7 +25,7 @@ from engine import fast, records
 from engine.data import load_data, validation_split
 from engine.trainer import Trainer
 from experiments import ROOT
-from experiments.sweeps import RUNS, SWEEPS, missing, planned, read_texts, waits
+from experiments.sweeps import PYTORCH_STEP, RUNS, SWEEPS, missing, planned, read_texts, waits
 from experiments.variants import Experiment
 
 # Runs share a GPU, so that one computes while another waits for its small kernels: three of the published batch, as
@@ -97,7 +97,7 @@ def train_together(sweep, todo, data):
     """Train several nets at the same time on one device: a `utils.Run` for each experiment."""
     if data.images.device.type == "cpu":
         fast.keep_memory()
-    fused = False if sweep == "captured" else None
+    fused = False if sweep in PYTORCH_STEP else None
     started = time.perf_counter()
     nets = [one.build() for one in todo]
     trainers = [

@@ -6,6 +6,7 @@ validation split is for choices, the test split for what is published.
 
 import itertools
 import random
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -77,8 +78,9 @@ def captured(rows):
 
 def of_setting(optimizer, net, learning_rate, decay, seeds, **variant):
     """List the experiments of one optimizer, net and setting, one for each of the first seeds."""
+    momentum = MOMENTUM.get(optimizer, Settings.momentum)
     change = {"learning_rate": float(learning_rate), "weight_decay": float(decay)}
-    return experiments([net], seeds, [change | {"optimizer": optimizer, "momentum": MOMENTUM[optimizer]}], [variant])
+    return experiments([net], seeds, [change | {"optimizer": optimizer, "momentum": momentum}], [variant])
 
 
 def draw_recipes(count=60):
@@ -197,6 +199,47 @@ def flip(rows):
     return experiments(NETS, 3, small + large)
 
 
+def tuned_cells(rows, optimizers, batch_size=500, seeds=5):
+    """List the first runs of the sweep lead at one batch size, without augmentation and without the control."""
+    found = [one for one in SWEEPS["lead"][1](rows) if one.augment == "none" and one.batch_size == batch_size]
+    return [one for one in found if one.optimizer in optimizers and one.net in NETS and one.seed < seeds]
+
+
+def time(rows):
+    """List runs of four times as many epochs, at the settings of the sweep lead."""
+    return [replace(one, epochs=80) for one in tuned_cells(rows, ("sgdw", "muon"))]
+
+
+LONG = {"epochs": 200, "augment": "flip+crop"}
+LONG_SETTINGS = [  # one change after the other
+    {"learning_rate": 0.03, "weight_decay": 0.1} | change
+    for change in (
+        {},
+        {"weight_decay": 0.05},
+        {"weight_decay": 0.2},
+        {"learning_rate": 0.06},
+        {"label_smoothing": 0.0},
+        {"label_smoothing": 0.05},
+        {"crop": 4},
+        {"batch_size": 250},
+    )
+]
+
+
+def long_tune(rows):
+    """List runs of 200 epochs on held-out images, one for each net and each of LONG_SETTINGS."""
+    return sorted(experiments(NETS, 1, [LONG | change for change in LONG_SETTINGS]), key=lambda one: one.batch_size)
+
+
+def long(rows):
+    """List three seeds of each net at its best setting of 200 epochs."""
+    means, found = validation_means(rows[rows["study"] == "long-tune"], ["net", *RECIPE]), []
+    for net in NETS:
+        best = dict(zip(RECIPE, means[net].idxmax(), strict=True))
+        found += experiments([net], 3, [LONG | {name: TYPES[name](value) for name, value in best.items()}])
+    return sorted(found, key=lambda one: one.batch_size)
+
+
 # Sweep: the split that it is scored on, its function, and the sweep whose rows it needs first.
 # results/runs.csv has two more, which ran before: optimizer-h200, on another GPU, batch-size-first, at higher rates.
 CORNERS = tuple(itertools.product(("sgdw", "muon"), (64, 500)))  # of PLAN.md's contrasts
@@ -205,7 +248,26 @@ CELLS = [
     for pair in itertools.product(("sgdw", "adamw", "muon"), (64, 125, 250, 500, 1000))
 ]
 CELLS.append(Cell("muon", 500, augment="flip+crop", seeds=10))
+STEPS = ("sgdw", "tensor-norm", "filter-norm", "muon-one-rate")  # from momentum to Muon, one part after the other
+CELLS_STEP = {
+    size: [Cell(step, size, nets=WITH_CONTROL, variant=(("momentum", Settings.momentum),)) for step in STEPS]
+    for size in (500, 125)
+}
+CELLS_PART = [
+    Cell(optimizer, 500, nets=nets, seeds=3, variant=variant)
+    for optimizer, (nets, variant) in itertools.product(
+        ("sgdw", "muon"),
+        (
+            (WITH_CONTROL, ()),
+            (WITH_CONTROL, (("convolution", "standardized"),)),
+            (("NetB",), (("layer_variant", "RMS"),)),
+            (("NetB",), (("layer_variant", "tanh"), ("initial_weights", "he"))),  # as the control
+        ),
+    )
+]
 CELLS_100 = [Cell(*pair, dataset="CIFAR-100", seeds=10) for pair in CORNERS]
+
+PYTORCH_STEP = ("captured", *tuning("part", []))  # without the fused step, which does not know all of their nets
 
 SWEEPS = {
     "tune": ("validation", tune, None),
@@ -218,6 +280,12 @@ SWEEPS = {
     "optimizer": ("test", optimizer, "rate-seeds"),
     **tuning("lead", CELLS),
     **tuning("lead-100", CELLS_100),
+    **tuning("step", CELLS_STEP[500]),
+    **tuning("step-125", CELLS_STEP[125]),
+    **tuning("part", CELLS_PART),
+    "time": ("test", time, "lead-seeds"),
+    "long-tune": ("validation", long_tune, None),
+    "long": ("test", long, "long-tune"),
     "initial": ("validation", initial, None),
     "batch": ("test", batch, None),
     "batch-rate": ("validation", batch_rate, None),

@@ -24,15 +24,13 @@ import pandas as pd
 from experiments.variants import Experiment
 from utils import NETS, Settings
 
-MOMENTUM = {"sgd": 0.9, "sgdw": 0.9, "adamw": 0.9, "muon": Settings.momentum}
+MOMENTUM = {"sgd": 0.9, "sgdw": 0.9, "adamw": 0.9}  # Settings.momentum for the others
 HALF_DECADES = tuple(float(f"{one}e{power}") for power in range(-5, 3) for one in (1, 3))
-FIRST_RATES = {
-    "sgdw": (0.01, 0.03, 0.1, 0.3, 1.0),
-    "adamw": (0.001, 0.003, 0.01, 0.03, 0.1),
-    "muon": (0.003, 0.01, 0.03, 0.1, 0.3),
-}
-FIRST_DECAY = {"sgdw": 0.3, "adamw": 0.3, "muon": 1.0}
-KEYS = ["dataset", "augment", "optimizer", "batch_size", "net", "learning_rate", "weight_decay"]
+FIRST_RATES = {"sgdw": (0.01, 0.03, 0.1, 0.3, 1.0), "adamw": (0.001, 0.003, 0.01, 0.03, 0.1)}
+FIRST_DECAY = {"sgdw": 0.3, "adamw": 0.3}
+MUON = (0.003, 0.01, 0.03, 0.1, 0.3), 1.0  # first rates and decay of Muon and of the steps with parts of it
+KEYS = ["dataset", "augment", "optimizer", "momentum", "batch_size", "net", "layer_variant", "convolution"]
+KEYS += ["learning_rate", "weight_decay"]
 
 
 def validation_means(rows, keys):
@@ -69,33 +67,40 @@ class Cell(NamedTuple):
     augment: str = "none"
     nets: tuple = NETS
     seeds: int = 5  # of the runs with all training images
+    variant: tuple = ()  # pairs of a field of Experiment and its value
+
+    @property
+    def first(self):
+        """The first rates and the first decay."""
+        return FIRST_RATES.get(self.optimizer, MUON[0]), FIRST_DECAY.get(self.optimizer, MUON[1])
 
     def run(self, net, rate, decay, seed=0):
         """Make the experiment of a net at a learning rate and a decay, counted as above."""
-        return Experiment(
-            dataset=self.dataset,
-            net=net,
-            optimizer=self.optimizer,
-            momentum=MOMENTUM[self.optimizer],
-            batch_size=self.batch_size,
-            augment=self.augment,
-            learning_rate=rate,
-            weight_decay=float(f"{decay * self.batch_size / 50_000 / rate:.3g}"),
-            initial_weights="he" if net == "Net" else "",
-            seed=seed,
-        )
+        settings = {
+            "dataset": self.dataset,
+            "net": net,
+            "optimizer": self.optimizer,
+            "momentum": MOMENTUM.get(self.optimizer, Settings.momentum),
+            "batch_size": self.batch_size,
+            "augment": self.augment,
+            "learning_rate": rate,
+            "weight_decay": float(f"{decay * self.batch_size / 50_000 / rate:.3g}"),
+            "initial_weights": "he" if net == "Net" else "",
+            "seed": seed,
+        }
+        return Experiment(**(settings | dict(self.variant)))
 
     def rates(self, means):
         """Return the learning rates to try at the first decay, and a net's best one of them by its name."""
-        decay = FIRST_DECAY[self.optimizer]
+        rates, decay = self.first
         scores = {net: lambda rate, net=net: means.get(key(self.run(net, rate, decay))) for net in self.nets}
-        rates = extend(FIRST_RATES[self.optimizer], scores.values())
+        rates = extend(rates, scores.values())
         known = all(score(rate) is not None for score in scores.values() for rate in rates)
         return rates, {net: max(rates, key=scores[net]) for net in self.nets} if known else {}
 
     def decays(self, means):
         """Return the decays to try at each net's best learning rate."""
-        best, first = self.rates(means)[1], HALF_DECADES.index(FIRST_DECAY[self.optimizer])
+        best, first = self.rates(means)[1], HALF_DECADES.index(self.first[1])
         scores = [
             lambda decay, net=net, rate=rate: means.get(key(self.run(net, rate, decay))) for net, rate in best.items()
         ]
@@ -104,7 +109,7 @@ class Cell(NamedTuple):
     def tried(self, means):
         """List all experiments of the first two sweeps."""
         rates, best = self.rates(means)
-        first = FIRST_DECAY[self.optimizer]
+        first = self.first[1]
         found = [self.run(net, rate, first) for rate in rates for net in self.nets]
         decays = [decay for decay in self.decays(means) if decay != first]
         return found, [self.run(net, best[net], decay) for decay in decays for net in best]

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import models
@@ -47,6 +48,63 @@ class LayerNorm2d(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+class RMSNorm(models.ScaleShift):
+    """Divide by the root mean square of each image's activations, (N, C, H, W) to the same shape; subtract nothing.
+
+    Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467, with layer norm's axes, scale and shift.
+    """
+
+    def forward(self, x):
+        squares = x.float().square().mean((1, 2, 3), keepdim=True)
+        return super().forward(x * (squares + 1e-5).rsqrt().to(x.dtype))
+
+
+class DynamicTanh(models.ScaleShift):
+    """Apply tanh(alpha x) with a learned alpha in place of a norm, (N, C, H, W) to the same shape.
+
+    Zhu et al. 2025, https://arxiv.org/abs/2503.10622. There alpha starts at 0.5; here at 1, since without skip
+    connections 0.5 would halve the signal in each layer.
+    """
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.alpha = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return super().forward(torch.tanh(self.alpha * x))
+
+
+class StandardizedConv2d(nn.Conv2d):
+    """Convolve with weights whose filters have mean 0 and the variance of `kaiming_init`.
+
+    Weight standardization (Qiao et al. 2019, https://arxiv.org/abs/1903.10520), scaled as by Brock et al. 2021,
+    https://arxiv.org/abs/2101.08692, which a norm undoes and the control needs.
+    """
+
+    @classmethod
+    def of(cls, conv, gain):
+        """Return a convolution with the sizes and the initial weights of `conv`."""
+        sizes = conv.in_channels, conv.out_channels, conv.kernel_size
+        standardized = cls(*sizes, padding=conv.padding, bias=False)
+        standardized.gain = gain
+        with torch.no_grad():
+            standardized.weight.copy_(conv.weight)
+        return standardized
+
+    def forward(self, x):
+        variance, mean = torch.var_mean(self.weight.float(), (1, 2, 3), correction=0, keepdim=True)
+        scale = self.gain / (variance * self.weight[0].numel() + 1e-5).sqrt()
+        return F.conv2d(x, ((self.weight - mean) * scale).to(x.dtype), padding=self.padding)
+
+
+def standardize_weights(net):
+    """Put a StandardizedConv2d in place of each convolution but c11."""
+    for name, module in list(net.named_modules()):
+        if isinstance(module, nn.Conv2d) and module is not net.c11:
+            # As for kaiming_init: c3 and c7 have no activation.
+            net.set_submodule(name, StandardizedConv2d.of(module, 2**0.5 if name.endswith(".conv") else 1.0))
+
+
 def kaiming_init(net, seed):
     """Draw the convolutions' weights so that the signal keeps its size from layer to layer (He et al. 2015).
 
@@ -59,6 +117,15 @@ def kaiming_init(net, seed):
             nn.init.kaiming_normal_(module.weight, nonlinearity=follows, generator=generator)
 
 
+# What stands in the place of layer norm, made for activations (N, channels, side, side).
+LAYER_VARIANTS = {
+    "C": lambda channels, side: LayerNorm2d(channels),
+    "[C,H,W]": lambda channels, side: nn.LayerNorm([channels, side, side]),  # scale and shift per position
+    "RMS": lambda channels, side: RMSNorm(channels),
+    "tanh": lambda channels, side: DynamicTanh(channels),
+}
+
+
 @dataclass(frozen=True)
 class Experiment(utils.Settings):
     """Settings, net and variant of one run. ValueError, by name, for a variant that the net does not have."""
@@ -67,18 +134,18 @@ class Experiment(utils.Settings):
     net: str = "NetA"
     widths: tuple = models.WIDTHS
     groups: int | str = ""  # of group norm; "C": as many as channels, which is instance norm; "": four
-    layer_variant: str = (
-        ""  # "C": LayerNorm2d; "[C,H,W]": nn.LayerNorm's scale and shift per position; "": as published
-    )
+    layer_variant: str = ""  # one of LAYER_VARIANTS; "": layer norm as published
     statistics_batch: int | str = ""  # size of GhostBatchNorm, images; "": the whole batch
     initial_weights: str = ""  # "he": kaiming_init; "": PyTorch's
+    convolution: str = ""  # "standardized": StandardizedConv2d but for c11; "": nn.Conv2d
 
     def __post_init__(self):
         super().__post_init__()
         utils.choose("dataset", self.dataset, CLASSES)
         utils.choose("net", self.net, NORM_OF)
-        utils.choose("layer_variant", self.layer_variant, ("", "C", "[C,H,W]"))
+        utils.choose("layer_variant", self.layer_variant, ("", *LAYER_VARIANTS))
         utils.choose("initial_weights", self.initial_weights, ("", "he"))
+        utils.choose("convolution", self.convolution, ("", "standardized"))
         for name, net in (("groups", "NetC"), ("layer_variant", "NetB"), ("statistics_batch", "NetA")):
             if getattr(self, name) != "" and self.net != net:
                 raise ValueError(f"{name} is {getattr(self, name)!r} and net {self.net}; only {net} has one")
@@ -101,14 +168,14 @@ class Experiment(utils.Settings):
             channels = block.conv.out_channels
             if self.groups == "C":
                 block.norm = nn.GroupNorm(channels, channels)
-            if self.layer_variant == "C":
-                block.norm = LayerNorm2d(channels)
-            if self.layer_variant == "[C,H,W]":
-                block.norm = nn.LayerNorm([channels, side, side])
+            if self.layer_variant:
+                block.norm = LAYER_VARIANTS[self.layer_variant](channels, side)
             if self.statistics_batch:
                 block.norm = GhostBatchNorm(channels, self.statistics_batch)
         if self.initial_weights == "he":
             kaiming_init(net, self.seed)
+        if self.convolution == "standardized":
+            standardize_weights(net)
         return net
 
     def columns(self):

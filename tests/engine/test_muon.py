@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import models
-from engine.muon import Muon, newton_schulz
+from engine.muon import Muon, fix_filter_norm, fix_tensor_norm, newton_schulz
 
 TALL = {"norm": "layer", "widths": (40, 8, 40, 8, 8, 40, 8, 8, 8, 64), "in_channels": 1}  # more rows than columns, too
 
@@ -187,3 +187,33 @@ def test_the_loss_of_a_closure_is_returned():
     first = optimizer.step(closure)
     assert first.requires_grad
     assert optimizer.step(closure) < first
+
+
+def test_parts_of_muons_step_have_its_norm():
+    """By matrix, by row; zero padding stays zero."""
+    torch.manual_seed(0)
+    stack = torch.zeros(2, 5, 9)
+    stack[0, :4, :6], stack[1] = torch.randn(4, 6), torch.randn(5, 9)
+    orthogonal = [torch.linalg.svd(matrix, full_matrices=False) for matrix in (stack[0, :4, :6], stack[1])]
+    wanted = torch.stack([(u @ v).norm() for u, _, v in orthogonal])
+    by_tensor, by_filter = (fix(stack, torch.float32) for fix in (fix_tensor_norm, fix_filter_norm))
+    torch.testing.assert_close(by_tensor.norm(dim=(1, 2)), wanted)
+    torch.testing.assert_close(by_filter.norm(dim=(1, 2)), wanted)
+    torch.testing.assert_close(by_filter[0].norm(dim=1), torch.tensor([1.0, 1, 1, 1, 0]))
+    for found in (by_tensor, by_filter):
+        assert (found * stack >= 0).all()
+        assert not found[0, 4].any()
+        assert not found[0, :, 6:].any()
+
+
+def test_a_step_of_fixed_norm_does_not_depend_on_the_size_of_the_gradient():
+    weights = []
+    for size in (1.0, 1000.0):
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(4, 3, 3, 3))
+        group = {"params": [weight], "use_muon": True}
+        optimizer = Muon([group], lr=0.1, direction=fix_tensor_norm)
+        weight.grad = size * torch.randn(4, 3, 3, 3)
+        optimizer.step()
+        weights.append(weight.detach())
+    torch.testing.assert_close(*weights)

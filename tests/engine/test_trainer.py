@@ -23,7 +23,7 @@ from engine.trainer import OPTIMIZERS, Trainer, schedule, takes_fused_step
 from utils import Settings
 
 NETS = ("NetA", "NetB", "NetC", "Net")
-RATES = {"muon": 0.03, "sgd": 0.1, "sgdw": 0.1, "adamw": 0.003}
+RATES = dict.fromkeys(OPTIMIZERS, 0.03) | {"sgd": 0.1, "sgdw": 0.1, "adamw": 0.003}
 SHORT = Settings(epochs=2, batch_size=100)
 NARROW = (8,) * 10
 

@@ -12,7 +12,7 @@ import models
 import utils
 from engine.trainer import OPTIMIZERS, Trainer
 from experiments.sweeps import RUNS, SWEEPS, read_texts
-from experiments.variants import SIDES, Experiment, GhostBatchNorm, LayerNorm2d
+from experiments.variants import SIDES, DynamicTanh, Experiment, GhostBatchNorm, LayerNorm2d, RMSNorm
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,8 @@ from experiments.variants import SIDES, Experiment, GhostBatchNorm, LayerNorm2d
         ({"statistics_batch": 1}, "statistics_batch is 1; give a whole number from 2 to 500"),
         ({"statistics_batch": 1000}, "statistics_batch is 1000; give a whole number from 2 to 500"),
         ({"statistics_batch": "half"}, "statistics_batch is 'half'; give a whole number"),
+        ({"net": "NetB", "layer_variant": "rms"}, "layer_variant is 'rms'; choose one of , C, [C,H,W], RMS, tanh"),
+        ({"convolution": "ws"}, "convolution is 'ws'; choose one of , standardized"),
         ({"initial_weights": "kaiming"}, "initial_weights is 'kaiming'; choose one of , he"),
         ({"widths": (16, 32)}, "widths is (16, 32); give 10, one each"),
         ({"widths": "16 32"}, "widths is '16 32'; give 10, one each"),
@@ -125,6 +127,39 @@ def test_layer_norm_of_each_pixel():
     assert (norm(x) - expected).abs().max() < 1e-5
 
 
+def test_rms_norm_divides_by_the_root_mean_square_of_an_image():
+    norm = RMSNorm(24)
+    nn.init.normal_(norm.weight)
+    x = torch.randn(2, 24, 5, 7) * 3 + 1
+    expected = x / (x.square().mean((1, 2, 3), keepdim=True) + 1e-5).sqrt() * norm.weight.view(-1, 1, 1)
+    assert (norm(x) - expected).abs().max() < 1e-5
+
+
+def test_dynamic_tanh_learns_its_alpha():
+    norm = DynamicTanh(4)
+    x = torch.randn(2, 4, 3, 3)
+    assert torch.equal(norm(x), torch.tanh(x))
+    norm(x).square().sum().backward()
+    assert norm.alpha.grad.abs() > 0
+    assert Experiment(net="NetB", layer_variant="tanh").build().C4.norm.alpha.item() == 1
+
+
+def test_standardized_filters_have_no_mean_and_the_variance_of_kaiming_init():
+    plain, one = Experiment(net="Net").build(), Experiment(net="Net", convolution="standardized").build()
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), one.parameters(), strict=True))
+    assert type(one.c11) is nn.Conv2d
+    for name, follows in (("C4.conv", 2), ("c7", 1)):
+        conv = one.get_submodule(name)
+        patches = torch.eye(conv.weight[0].numel()).view(-1, *conv.weight[0].shape)  # each reads one weight
+        filters = conv.to(torch.float32)(patches)[:, :, *(size // 2 for size in conv.kernel_size)]
+        assert filters.mean(0).abs().max() < 1e-6
+        assert filters.square().sum(0).mean().item() == pytest.approx(follows, rel=0.02)
+        with torch.no_grad():
+            conv.weight.mul_(3).add_(1)
+        again = conv(patches)[:, :, *(size // 2 for size in conv.kernel_size)]
+        assert (again - filters).abs().max() < 1e-2, "scale or mean of a filter counts"
+
+
 def test_variants_differ_in_their_norm_alone():
     plain = Experiment(net="NetB").build()
     variants = [Experiment(net="NetB", layer_variant=variant).build() for variant in ("C", "[C,H,W]")]
@@ -178,12 +213,16 @@ def test_kaiming_initial_weights_keep_the_signal():
         {"net": "NetB", "layer_variant": "C"},
         {"net": "NetB", "layer_variant": "[C,H,W]"},
         {"net": "NetC", "groups": "C"},
+        {"net": "NetB", "layer_variant": "RMS"},
+        {"net": "NetB", "layer_variant": "tanh", "initial_weights": "he"},
         {"net": "NetA", "statistics_batch": 4},
+        {"net": "Net", "convolution": "standardized"},
     ],
 )
 def test_every_optimizer_trains_every_variant(small, optimizer, variant):
     """In ten steps on the same 40 images."""
-    rate = {"muon": 0.03, "sgd": 0.1, "sgdw": 0.1, "adamw": 0.003}[optimizer]
+    rate = {"sgd": 0.1, "sgdw": 0.1, "adamw": 0.003}.get(optimizer, 0.03)
+    rate = 0.1 * rate if variant["net"] == "Net" else rate
     few = replace(small, images=small.images[:40], labels=small.labels[:40])
     one = Experiment(batch_size=40, epochs=10, optimizer=optimizer, learning_rate=rate, **variant)
     trainer = Trainer(one.build(), few, one)

@@ -20,7 +20,7 @@ from utils import Settings
 
 pytestmark = pytest.mark.gpu
 SHORT = Settings(epochs=2, batch_size=500)
-RATES = {"muon": 0.03, "sgd": 0.1, "sgdw": 0.1, "adamw": 0.003}
+RATES = dict.fromkeys(OPTIMIZERS, 0.03) | {"sgd": 0.1, "sgdw": 0.1, "adamw": 0.003}
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +71,9 @@ VARIANTS = [
     {"net": "NetB", "layer_variant": "[C,H,W]"},
     {"net": "NetC", "groups": "C"},
     {"net": "NetA", "statistics_batch": 4},
+    {"net": "NetB", "layer_variant": "RMS"},
+    {"net": "NetB", "layer_variant": "tanh"},
+    {"net": "Net", "convolution": "standardized"},
 ]
 
 
