@@ -302,14 +302,14 @@ def summarize(rows):
     for name in ("train_accuracy", "test_accuracy"):  # without one: runs that diverged, or of the validation split
         rows[name] = pd.to_numeric(rows[name], errors="coerce")
     keys = dict.fromkeys(["net", "norm", "study", "epochs", "augment", "parameters", *records.mixed_settings(rows)])
-    table = rows.groupby(list(keys), sort=False, dropna=False).agg(
-        test_accuracy=("test_accuracy", "mean"),
-        std=("test_accuracy", "std"),
-        n=("seed", "nunique"),
-        train_accuracy=("train_accuracy", "mean"),
-        seconds=("seconds", "median"),
-    )
-    table = table.round({"test_accuracy": 2, "std": 2, "train_accuracy": 2, "seconds": 1}).reset_index()
+    columns = {
+        "test accuracy, %": ("test_accuracy", "mean"),
+        "std": ("test_accuracy", "std"),
+        "n": ("seed", "nunique"),
+        "training accuracy, %": ("train_accuracy", "mean"),
+        "seconds per run": ("seconds", "median"),
+    }
+    table = rows.groupby(list(keys), sort=False, dropna=False).agg(**columns).round(2).reset_index().set_index("net")
     return table.drop(columns=[key for key in ("study", "augment") if set(table[key]) <= {"main", "short", "none"}])
 
 
@@ -381,9 +381,10 @@ def plot_mistakes(run, data, path=None, votes=None):
     if votes is not None and (data.split != "test" or votes.shape != (len(labels), len(data.classes))):
         raise ValueError(f"votes are for other images than those of {data.name}, {data.split} split; leave them out")
     chosen = most_confident_mistakes(scores.predictions, scores.confidences, labels).tolist()
-    figure, axes = plt.subplots(5, 4, figsize=(8, 9.2), width_ratios=(1, 1.5) * 2, layout="constrained")
-    heading = f"The {len(chosen)} most confident mistakes" if chosen else "No mistakes"
-    figure.suptitle(title(f"{heading}\n{run.name}", data), fontsize=14)
+    figure, axes = plt.subplots(5, 4, figsize=(8, 9.2), width_ratios=(1, 1.6) * 2)
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.92, wspace=0.05, hspace=0.12)
+    heading = f"The {len(chosen)} most confident mistakes\n{run.name}" if chosen else f"No mistakes\n{run.name}"
+    figure.suptitle(title(heading, data), fontsize=14, y=0.99)
     for axis in axes.flat:
         axis.axis("off")
     for (image, text), index in zip(axes.reshape(10, 2), chosen, strict=False):

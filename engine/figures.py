@@ -41,23 +41,33 @@ def plot_samples(data):
 def plot_curves(runs, data):
     """Draw loss and accuracy by epoch of {norm: list of Run}: means over the seeds, with bands from lowest to highest.
 
-    Accuracy is solid for the test split and dotted for training.
+    Accuracy is solid for the test split, dotted for training. The last panel enlarges the last quarter of the epochs.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    figure.suptitle(title("Training, epoch by epoch", data))
-    for norm, group in runs.items():
-        histories = pd.concat([pd.DataFrame(run.history) for run in group]).groupby("epoch")
-        panels = ((axes[0], "loss", "-"), (axes[1], "test_accuracy", "-"), (axes[1], "train_accuracy", ":"))
-        for axis, column, line in panels:
-            mean, low, high = (getattr(histories[column], name)() for name in ("mean", "min", "max"))
-            axis.plot(
-                mean.index, mean, line, marker=".", color=COLORS[norm], label=f"{norm} norm" if line == "-" else None
-            )
-            if line == "-" and len(group) > 1:
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
+    count = max(map(len, runs.values()))
+    figure.suptitle(title(f"Training, epoch by epoch, n = {count}", data))
+    for norm, norm_runs in runs.items():
+        histories = pd.concat([pd.DataFrame(run.history) for run in norm_runs])
+        late = histories[histories["epoch"] > 0.75 * histories["epoch"].max()]
+        panels = (
+            (axes[0], histories, "loss", "-"),
+            (axes[1], histories, "test_accuracy", "-"),
+            (axes[1], histories, "train_accuracy", ":"),
+            (axes[2], late, "test_accuracy", "-"),
+        )
+        for axis, values, column, line in panels:
+            by_epoch = values.groupby("epoch")[column]
+            mean, low, high = by_epoch.mean(), by_epoch.min(), by_epoch.max()
+            label = f"{norm} norm" if line == "-" else None
+            axis.plot(mean.index, mean, line, marker=".", color=COLORS[norm], label=label)
+            if line == "-" and len(norm_runs) > 1:
                 axis.fill_between(mean.index, low, high, color=COLORS[norm], alpha=0.2, linewidth=0)
-    axes[0].set(xlabel="epoch", ylabel="training loss")
-    axes[1].set(xlabel="epoch", ylabel="accuracy, % (dotted: training)")
+    axes[1].plot([], [], ":", color=GRAY, label="while training")
+    axes[0].set(ylabel="training loss")
+    axes[1].set(ylabel="accuracy, %", ylim=(0, 100))
+    axes[2].set(ylabel="test accuracy, %", title="the last epochs")
     for axis in axes:
+        axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(frameon=False)
         axis.grid(alpha=0.3)
@@ -119,29 +129,25 @@ def plot_overlap(mistakes, data):
     figure, axis = plt.subplots(figsize=(8, 3), layout="constrained")
     colors = [COLORS[name.split()[0]] if name.endswith("only") else GRAY for name in counts.index]
     axis.bar_label(axis.barh(counts.index, counts, color=colors), padding=3)
-    axis.set(xlabel="test images", title=title("Which norms get them wrong", data))
+    axis.set(xlabel="test images", title=title("Test images by the norms that misclassify them", data))
     axis.spines[["top", "right"]].set_visible(False)
     return figure
 
 
-def draw_mean_spread(axis, rows):
-    """Draw rows of `engine.probe.mean_spread` on a Matplotlib axis, dashed where each image has its own mean."""
-    shades = plt.get_cmap("Blues")
+def plot_mean_spread(rows, data):
+    """Draw rows of `engine.probe.mean_spread` by layer, dashed where each image has its own mean."""
+    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
+    shades = plt.get_cmap("viridis")
     sizes = sorted(rows[rows["net"] == "NetA"]["images"].unique())
     for (net, size), line in rows.groupby(["net", "images"], sort=False):
         norm = NORM_OF[net]
-        color = shades(0.4 + 0.5 * sizes.index(size) / len(sizes)) if norm == "batch" else COLORS[norm]
+        color = shades(0.9 * sizes.index(size) / len(sizes)) if norm == "batch" else COLORS[norm]
         label = f"batch norm, {size} images" if norm == "batch" else f"{norm} norm, one image"
         style = {"color": color, "marker": "o", "markersize": 3, "linestyle": "-" if norm == "batch" else "--"}
         axis.plot(line["layer"], line["spread"], label=label, **style)
-    axis.set(ylabel="spread of the subtracted means,\nstandard deviations", yscale="log")
+    axis.set(ylabel="standard deviation of the means,\nin those of the activations", yscale="log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.set_title(title("How much the subtracted means differ between batches or images", data))
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2)
-
-
-def plot_mean_spread(rows, data):
-    """Draw rows of `engine.probe.mean_spread` as a figure."""
-    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
-    draw_mean_spread(axis, rows)
-    axis.set_title(title("How much the subtracted means differ between batches or images", data))
     return figure

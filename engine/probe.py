@@ -32,7 +32,7 @@ def layer_table(net):
             kind = "1x1 conv"
         shape = "x".join(str(n) for n in x.shape[1:])
         count = sum(p.numel() for p in layer.parameters())
-        lines.append({"layer": name, "is": kind, "output": shape, "parameters": count})
+        lines.append({"layer": name, "type": kind, "output": shape, "parameters": count})
     return pd.DataFrame(lines).set_index("layer")
 
 
@@ -119,14 +119,35 @@ def people_table(runs, data, votes):
         predictions = run.scores.predictions
         wrong = (predictions != labels).nonzero().flatten()
         shares = {
-            "disputed": disputed[wrong],
-            "someone gives the net's answer": votes[wrong, predictions[wrong]] > 0,
-            "most people give it": commonest[wrong] == predictions[wrong],
+            "disputed, %": disputed[wrong],
+            "someone agrees with the net, %": votes[wrong, predictions[wrong]] > 0,
+            "most people agree with the net, %": commonest[wrong] == predictions[wrong],
         }
-        line = {name: round(100 * share.float().mean().item(), 1) for name, share in shares.items()}
-        lines.append({"norm": norm, "images": len(wrong)} | line)
-    everything = round(100 * disputed.float().mean().item(), 1)
-    lines.append({"norm": "all test images", "images": len(labels), "disputed": everything})
+        lines.append({"norm": norm, "mistakes": len(wrong)} | {name: percent(share) for name, share in shares.items()})
+    lines.append({"norm": "all test images", "mistakes": len(labels)} | dict.fromkeys(shares, "-"))
+    lines[-1]["disputed, %"] = percent(disputed)
+    return pd.DataFrame(lines).set_index("norm")
+
+
+def percent(flags):
+    """Return the share of True in a tensor of bool in percent, rounded to tenths; a dash when it is empty."""
+    return round(100 * flags.float().mean().item(), 1) if len(flags) else "-"
+
+
+def vote_table(runs, data, votes):
+    """Say with whom the nets side where most people do not give the label, when all seeds of {norm: list of Run} vote.
+
+    votes  (N, classes) counts from `engine.data.human_votes`
+    """
+    labels, commonest = data.test_labels.cpu(), votes.argmax(1)
+    against = (2 * votes[torch.arange(len(labels)), commonest] > votes.sum(1)) & (commonest != labels)
+    lines = []
+    for norm, norm_runs in runs.items():
+        vote = torch.stack([run.scores.predictions for run in norm_runs]).mode(0).values[against]
+        people, label = vote == commonest[against], vote == labels[against]
+        shares = {"with people, %": people, "with the label, %": label, "with neither, %": ~people & ~label}
+        shares = {name: percent(share) for name, share in shares.items()}
+        lines.append({"norm": norm, "seeds": len(norm_runs), "images": int(against.sum())} | shares)
     return pd.DataFrame(lines).set_index("norm")
 
 

@@ -763,12 +763,19 @@ def rows_of(net, accuracies, **changes):
 def test_summary_has_a_line_per_net():
     rows = rows_of("NetB", [85.0]) + rows_of("NetA", [86.0, 87.0, 88.5])
     table = utils.summarize(rows)
-    assert table["net"].tolist() == ["NetB", "NetA"]
-    line = table.set_index("net").loc["NetA"]
-    expected = {"norm": "batch", "epochs": 20, "test_accuracy": 87.17, "std": 1.26, "n": 3, "train_accuracy": 95.0}
+    assert table.index.tolist() == ["NetB", "NetA"]
+    line = table.loc["NetA"]
+    expected = {
+        "norm": "batch",
+        "epochs": 20,
+        "test accuracy, %": 87.17,
+        "std": 1.26,
+        "n": 3,
+        "training accuracy, %": 95.0,
+    }
     assert {name: line[name] for name in expected} == expected  # the deviation of a sample: n - 1
-    assert line["seconds"] == 6.0
-    assert math.isnan(table.set_index("net").loc["NetB", "std"])
+    assert line["seconds per run"] == 6.0
+    assert math.isnan(table.loc["NetB", "std"])
     pd.testing.assert_frame_equal(utils.summarize(pd.DataFrame(rows)), table)
 
 
@@ -787,13 +794,13 @@ def test_rows_of_several_settings_are_lines_of_their_own(changes, values):
     (name,) = changes
     assert table[name].tolist() == values
     assert table["n"].tolist() == [2, 1]
-    assert table["test_accuracy"].tolist() == [86.5, 80.0]
+    assert table["test accuracy, %"].tolist() == [86.5, 80.0]
 
 
 def test_a_setting_that_some_rows_lack_keeps_its_line():
     old = [{name: value for name, value in row.items() if name != "optimizer"} for row in rows_of("NetA", [86.0])]
     table = utils.summarize(old + rows_of("NetA", [80.0], optimizer="sgd"))
-    assert table["test_accuracy"].tolist() == [86.0, 80.0]
+    assert table["test accuracy, %"].tolist() == [86.0, 80.0]
 
 
 def test_the_nets_learning_rates_are_no_mixture():

@@ -125,7 +125,8 @@ def test_curves_are_means_with_bands_from_lowest_to_highest(small):
     ]
     alone = [run_of("layer", small.test_labels, 0, epochs_of(0.5, 1.5))]
     figure = figures.plot_curves({"batch": group, "layer": alone}, small)
-    loss, accuracy = figure.axes
+    loss, accuracy, late = figure.axes
+    assert [line.get_xdata().tolist() for line in late.lines] == [[2], [2]]
     assert [line.get_label() for line in loss.lines] == ["batch norm", "layer norm"]
     assert loss.lines[0].get_xdata().tolist() == [1, 2]
     assert loss.lines[0].get_ydata().tolist() == [1.5, 0]
