@@ -338,3 +338,72 @@ def test_leads_are_compared_between_corners_with_holms_correction():
 def test_no_norm_is_compared_with_each_norm():
     table = tables.without_norm(lead_rows())
     assert table["none minus norm"].tolist() == pytest.approx([-3, -1, -1.5], abs=0.2)
+
+
+def step_rows():
+    """Made-up runs of the sweep step: the lead is 4 with momentum, 3 by tensor, 1.5 by filter, 1 with Muon."""
+    found = []
+    for (name, lead), size, seed in itertools.product(
+        zip(tables.STEPS, (4, 3, 1.5, 1), strict=True), (125, 500), range(5)
+    ):
+        for norm, level in {"batch": 70 + lead, "layer": 70, "group": 70, "none": 69}.items():
+            row = {"study": "step" if size == 500 else "step-125", "optimizer": name, "batch_size": size, "norm": norm}
+            row |= {"seed": seed, "test_accuracy": level + 0.01 * (seed + len(norm)) ** 2 % 0.2, "learning_rate": 0.1}
+            found.append(row)
+        study = "step-rate" if size == 500 else "step-125-rate"
+        for rate, accuracy in ((0.1, 75), (0.3, 61), (1.0, None if name == "sgdw" else 62)):
+            for norm in tables.ALL:
+                found.append(
+                    row
+                    | {"study": study, "norm": norm, "learning_rate": rate, "test_accuracy": None}
+                    | {"validation_accuracy": accuracy}
+                )
+    return pd.DataFrame(found)
+
+
+def test_parts_of_the_step_take_a_share_of_the_lead():
+    table = tables.steps(step_rows())
+    assert table["batch minus layer"].tolist() == pytest.approx([4, 3, 1.5, 1] * 2, abs=0.1)
+    assert table["none"].tolist() == pytest.approx([69] * 8, abs=0.2)
+    taken = tables.step_parts(step_rows()).xs("batch minus layer", level="lead")
+    assert taken["taken"].tolist() == pytest.approx([1, 2.5] * 2, abs=0.1)
+    assert taken["taken minus half"].tolist() == pytest.approx([-0.5, 1] * 2, abs=0.1)
+    assert taken["taken minus a quarter"].tolist() == pytest.approx([0.25, 1.75] * 2, abs=0.1)
+    assert (taken["taken, low"] < taken["taken"]).all()
+    rates = tables.largest_rates(step_rows())
+    assert rates.loc[(500, "momentum")].tolist() == ["0.1, 0.3"] * 4
+    assert rates.loc[(500, "Muon")].tolist() == ["0.1, 1+"] * 4
+
+
+def test_parts_of_the_norm_are_compared_with_the_norm_without():
+    found = []
+    arms = [(norm, "", convolution) for norm in tables.ALL for convolution in (None, "standardized")]
+    for (norm, variant, convolution), name, seed in itertools.product(
+        [*arms, ("layer", "RMS", None), ("layer", "tanh", None)], ("sgdw", "muon"), range(3)
+    ):
+        level = 70 + (convolution is not None) + {"RMS": 0.5, "tanh": -2}.get(variant, 0) + seed / 100
+        found.append({"study": "part", "optimizer": name, "norm": norm, "layer_variant": variant, "seed": seed})
+        found[-1] |= {"convolution": convolution, "test_accuracy": level, "train_accuracy": 80, "learning_rate": 0.1}
+    table = tables.part_contrasts(pd.DataFrame(found))
+    assert table.loc["Muon", "points"].tolist() == pytest.approx([1, 1, 1, 1, 0.5, -2])
+    assert (table["p, Holm"] < 0.01).all()
+    shown = tables.parts(pd.DataFrame(found))
+    assert shown.loc["RMS", ("SGD", "test accuracy")] == pytest.approx(70.51)
+    assert (shown["Muon", "n"] == 3).all()
+
+
+def test_intervals_over_seeds_and_images_are_wider():
+    """Twenty images of which the nets get some right in every seed: the images alone make the lead uncertain."""
+    labels = np.zeros(20, np.uint8)
+    wrong = {"NetA": range(4), "NetB": range(2, 8), "NetC": range(6)}
+    predictions = {"labels": labels}
+    for net, images in wrong.items():
+        predictions[net] = np.zeros((3, 20), np.uint8)
+        predictions[net][:, list(images)] = 1
+        predictions[net][0, 19] = 1
+    table = tables.other_images(predictions, draws=2000).loc["batch minus layer"]
+    assert table["over seeds"] == table["over seeds and images"] == pytest.approx(10)
+    error = 100 * np.std([1] * 4 + [-1] * 2 + [0] * 14) / 20**0.5  # of the images' differences
+    both = table["over seeds and images, high"] - table["over seeds and images, low"]
+    assert both / (2 * 1.96) == pytest.approx(error, rel=0.2)
+    assert table["over seeds, high"] - table["over seeds, low"] < both / 2
