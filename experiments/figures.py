@@ -87,6 +87,7 @@ def plot_rate(rows):
         axis.set(title=title, xscale="log", ylim=(LOWEST, 88))
         strip.set(xlabel="learning rate", yticks=[], ylim=(-len(ALL) + 0.3, 0.7))
         strip.minorticks_off()
+        strip.set_xticks(tried[1::2], [f"{rate:g}" for rate in tried[1::2]])
     upper[0].set_ylabel("validation accuracy, %")
     lower[0].set_ylabel(f"overflow or\nbelow {LOWEST}%", rotation=0, ha="right", va="center", fontsize=8)
     figure.legend(*upper[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=len(ALL))
@@ -107,9 +108,9 @@ def plot_statistics(rows, inside):
         xscale="log",
         yscale="log",
         xlabel="images that the means are taken over",
-        ylabel="spread, in standard deviations",
+        ylabel="in standard deviations of the activations",
     )
-    left.set_title("spread of the batch means, a point per layer", fontsize=10)
+    left.set_title("standard deviation of the means, a point per layer", fontsize=10)
     left.minorticks_off()
     left.set_xticks(sizes, sizes)
     left.set_yticks(ticks := [0.01, 0.03, 0.1, 0.3], ticks)
@@ -123,7 +124,7 @@ def plot_statistics(rows, inside):
         draw_points(right, place, values, COLORS["batch"], label=None if place else LABELS["batch"])
     right.set_xticks(range(len(sizes)), [f"{size:.0f}" for size in sizes])
     right.set(xlabel="images in a ghost batch", ylabel="test accuracy, %")
-    right.set_title("test accuracy, a point per run", fontsize=10)
+    right.set_title("test accuracy, a point per run (n = 3)", fontsize=10)
     right.legend(frameon=False, loc="lower right")
     return figure
 
@@ -145,8 +146,8 @@ def plot_axes(rows):
     labels = [f"{kind.replace('; ', chr(10))}\n{parameters[kind]:,} parameters" for kind in kinds]
     right.set_yticks(range(len(kinds)), labels, fontsize=8)
     right.set(xlabel="test accuracy, %", ylim=(len(kinds) - 0.5, -0.5))
-    left.set_title("group norm, by number of groups", fontsize=10)
-    right.set_title("layer norm, by axes and parameters", fontsize=10)
+    left.set_title("group norm, by number of groups (n = 3)", fontsize=10)
+    right.set_title("layer norm, by axes (n = 3)", fontsize=10)
     right.grid(visible=False, axis="y")
     return figure
 
@@ -168,16 +169,16 @@ def plot_budget(rows):
         axis.minorticks_off()
         axis.set_xticks(line.index, [f"{count:,}" for count in line.index], fontsize=8.5)
     axes[0].set_ylabel("test accuracy, %")
-    axes[0].legend(frameon=False, loc="lower right")
+    axes[0].legend(frameon=False, loc="lower right", title="n = 3")
     return figure
 
 
 def plot_lead(rows):
     """Draw batch norm's lead over layer norm by batch size, a line per optimizer and data set, with 95% intervals."""
-    figure, axes = panels(1, 2, 3.2, sharey=True)
+    figure, axes = panels(1, 2, 3.2, sharey=True, width_ratios=(1.25, 1))
     table = tables.surface(rows).reset_index()
     for axis, data in zip(axes, ("CIFAR-10", "CIFAR-100"), strict=True):
-        for aside, (name, color) in zip((0.97, 1, 1.03), OPTIMIZER_COLORS.items(), strict=True):
+        for aside, (name, color) in zip((0.94, 1, 1.06), OPTIMIZER_COLORS.items(), strict=True):
             line = table[(table["dataset"] == data) & (table["optimizer"] == name)].set_index("batch_size")
             if line.empty:
                 continue
@@ -192,10 +193,11 @@ def plot_lead(rows):
                 textcoords="offset points",
             )
         axis.axhline(0, color=GRAY, linewidth=1)
-        axis.set(title=data, xscale="log", xlabel="batch size, images", xlim=(55, 2000))
+        sizes = sorted(table[table["dataset"] == data]["batch_size"].unique())
+        axis.set(title=data, xscale="log", xlabel="batch size, images", xlim=(55, 2 * sizes[-1]))
         axis.minorticks_off()
-        axis.set_xticks(sizes := [64, 125, 250, 500, 1000], [f"{size:,}" for size in sizes])
-    axes[0].set_ylabel("batch minus layer norm, points")
+        axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes[0].set_ylabel("lead in test accuracy,\npercentage points")
     return figure
 
 
