@@ -114,7 +114,7 @@ def check_rows(rows, commit):
         for column, value in columns.items():
             for found in set(own[column]) - {value}:
                 raise Refused(f"a row of {net} has {column} {found!r}; {value!r} is published")
-        for name in set(rows) - {"net", "seed", *columns, *records.MEASURED}:
+        for name in set(rows) - {"net", "seed", *columns, *records.NON_KEY_COLUMNS}:
             raise Refused(f"it has a column {name!r}, which is not published")
     for found in rows["test_accuracy"][~pd.to_numeric(rows["test_accuracy"], errors="coerce").between(0, 100)]:
         raise Refused(f"a row has test_accuracy {found!r}; a number from 0 to 100 is published")
@@ -307,7 +307,7 @@ def publish(folder, commit=None, root=ROOT):
         check_weights(folder, predictions, load_data(utils.pick_device(), "cifar10", root / "data"))
     except OSError as error:
         print(f"weights are not scored: {error}")
-    with naming(root), files.all_or_none([root / file for file in (*COPIES, notebook, table)]):
+    with naming(root), files.rollback_on_error([root / file for file in (*COPIES, notebook, table)]):
         with contextlib.ExitStack() as targets:  # which are replaced on leaving, unless writing one failed
             for file in (*COPIES, notebook):
                 _, temporary = targets.enter_context(files.replacement(root / file))

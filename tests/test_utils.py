@@ -594,7 +594,7 @@ def test_a_row_says_what_was_run_and_what_came_out(tiny, two_runs):
         }.items()
     )
     assert run.name == "batch norm (NetA), seed 7"
-    assert set(run.row) - records.MEASURED >= {field.name for field in fields(Settings)}
+    assert set(run.row) - records.NON_KEY_COLUMNS >= {field.name for field in fields(Settings)}
 
 
 def test_rows_of_short_validation_and_diverged_runs(tiny):

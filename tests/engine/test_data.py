@@ -775,8 +775,8 @@ def drip(content, left=()):
 
 @pytest.mark.parametrize("left", [b"", http(b"", length=10**6)], ids=["its headers", "its content"])
 def test_a_server_that_drips_is_given_up(serve, tmp_path, monkeypatch, left):
-    monkeypatch.setattr(download, "PATIENCE", 0.4)
-    monkeypatch.setattr(download, "LEAST", 1000)
+    monkeypatch.setattr(download, "STALL_SECONDS", 0.4)
+    monkeypatch.setattr(download, "MIN_BYTES", 1000)
     server, started = serve(drip(b"HTTP/1.1 200 OK\r\n" + b"x" * 200, left)), time.monotonic()
     with pytest.raises(OSError, match=rf"^{server.url}/a sends less than 1,000 bytes in 0\.4 seconds$"):
         download.download(f"{server.url}/a", tmp_path / "a", "sha256", "0")
@@ -785,7 +785,7 @@ def test_a_server_that_drips_is_given_up(serve, tmp_path, monkeypatch, left):
 
 
 def test_a_server_that_is_slow_and_sends_enough_is_not_given_up(serve, tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "PATIENCE", 0.4)
+    monkeypatch.setattr(download, "STALL_SECONDS", 0.4)
     content = os.urandom(2_000_000)
 
     def answer(connection):
@@ -801,7 +801,7 @@ def test_a_server_that_is_slow_and_sends_enough_is_not_given_up(serve, tmp_path,
 
 def test_the_timeouts_are_seconds():
     assert 1 <= download.TIMEOUT <= 10
-    assert (download.PATIENCE, download.LEAST) == (30, 300_000)
+    assert (download.STALL_SECONDS, download.MIN_BYTES) == (30, 300_000)
 
 
 @pytest.fixture

@@ -80,7 +80,7 @@ def test_several_files_are_written_all_or_none(tmp_path, error):
         save(path, OLD)
 
     def write(error=None):
-        with files.all_or_none([same, old, new]):
+        with files.rollback_on_error([same, old, new]):
             for path in (old, new):
                 save(path)
             if error:
@@ -207,7 +207,7 @@ def test_a_writer_that_is_stopped_is_not_waited_for_without_end(tmp_path, monkey
     path.write_bytes(OLD)
     stopped = child(lambda: files.save(path, lambda temporary: os.kill(os.getpid(), signal.SIGSTOP)))
     os.waitpid(stopped, os.WUNTRACED)
-    monkeypatch.setattr(files, "PATIENCE", 0.1)
+    monkeypatch.setattr(files, "LOCK_TIMEOUT", 0.1)
     with pytest.raises(OSError, match=rf"\A{path} can't be written: [^\n]*lock[^\n]*\Z"):
         save(path)
     assert path.read_bytes() == OLD
