@@ -45,15 +45,15 @@ def plot_curves(runs, data):
     """
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     figure.suptitle(title("Training, epoch by epoch", data))
-    for norm, group in runs.items():
-        histories = pd.concat([pd.DataFrame(run.history) for run in group]).groupby("epoch")
+    for norm, norm_runs in runs.items():
+        histories = pd.concat([pd.DataFrame(run.history) for run in norm_runs]).groupby("epoch")
         panels = ((axes[0], "loss", "-"), (axes[1], "test_accuracy", "-"), (axes[1], "train_accuracy", ":"))
         for axis, column, line in panels:
             mean, low, high = (getattr(histories[column], name)() for name in ("mean", "min", "max"))
             axis.plot(
                 mean.index, mean, line, marker=".", color=COLORS[norm], label=f"{norm} norm" if line == "-" else None
             )
-            if line == "-" and len(group) > 1:
+            if line == "-" and len(norm_runs) > 1:
                 axis.fill_between(mean.index, low, high, color=COLORS[norm], alpha=0.2, linewidth=0)
     axes[0].set(xlabel="epoch", ylabel="training loss")
     axes[1].set(xlabel="epoch", ylabel="accuracy, % (dotted: training)")
@@ -124,8 +124,9 @@ def plot_overlap(mistakes, data):
     return figure
 
 
-def draw_mean_spread(axis, rows):
-    """Draw rows of `engine.probe.mean_spread` on a Matplotlib axis, dashed where each image has its own mean."""
+def plot_mean_spread(rows, data):
+    """Draw rows of `engine.probe.mean_spread`, dashed where each image has its own mean."""
+    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
     shades = plt.get_cmap("Blues")
     sizes = sorted(rows[rows["net"] == "NetA"]["images"].unique())
     for (net, size), line in rows.groupby(["net", "images"], sort=False):
@@ -135,13 +136,7 @@ def draw_mean_spread(axis, rows):
         style = {"color": color, "marker": "o", "markersize": 3, "linestyle": "-" if norm == "batch" else "--"}
         axis.plot(line["layer"], line["spread"], label=label, **style)
     axis.set(ylabel="spread of the subtracted means,\nstandard deviations", yscale="log")
+    axis.set_title(title("How much the subtracted means differ between batches or images", data))
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2)
-
-
-def plot_mean_spread(rows, data):
-    """Draw rows of `engine.probe.mean_spread` as a figure."""
-    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
-    draw_mean_spread(axis, rows)
-    axis.set_title(title("How much the subtracted means differ between batches or images", data))
     return figure
