@@ -38,7 +38,7 @@ class Settings:
     """Hyperparameters of one training run. ValueError for one that is out of range."""
 
     learning_rate: float = 0.03  # peak of the schedule, see engine.trainer.schedule
-    weight_decay: float = 0.5  # of convolutions but c11, in units of the learning rate
+    weight_decay: float = 0.5  # decoupled, multiplied by the learning rate; under sgd an L2 term; see param_groups
     momentum: float = 0.95  # under adamw: beta 1
     optimizer: str = "muon"  # one of engine.trainer.OPTIMIZERS
     batch_size: int = 500  # images; an epoch leaves out what does not fill a batch
@@ -75,9 +75,9 @@ def choose(name, value, choices):
 
 def pick_device(name=None):
     """Return the torch.device called `name`, or the best of CUDA, MPS and CPU. ValueError for one that is not here."""
-    here = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-    here = ["cuda"] * bool(here) + here + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    return torch.device(choose("device", str(name or here[0]), here))
+    available = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    available = ["cuda"] * bool(available) + available + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    return torch.device(choose("device", str(name or available[0]), available))
 
 
 def run_length(device, seeds=None, epochs=None):
@@ -137,7 +137,7 @@ def train(net, data, settings, label="", track=True, fused=None, checkpoint=None
         if checkpoint:
             step = f"fused step of Triton {trainer.fused.triton_version}" if trainer.fused else "PyTorch's step"
             run = records.fingerprint(net, data, settings, track, f"{trainer.dtype}, {step}")
-            saved = records.read_checkpoint(checkpoint, run, trainer.steps, trainer.state_dict())
+            saved = records.read_checkpoint(checkpoint, run, trainer.steps_per_epoch, trainer.state_dict())
             if saved:
                 run, history = saved["fingerprint"], saved["history"]
                 trainer.load_state_dict(saved["state"])
@@ -146,7 +146,7 @@ def train(net, data, settings, label="", track=True, fused=None, checkpoint=None
                 records.write_checkpoint(checkpoint, run, history, trainer.state_dict())
         form = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}{postfix}"
         wait = 1 if sys.stdout.isatty() else 10  # seconds: a notebook saves each
-        total, done = trainer.steps * settings.epochs, trainer.steps * len(history)
+        total, done = trainer.steps_per_epoch * settings.epochs, trainer.steps_per_epoch * len(history)
         with tqdm(total=total, initial=done, desc=label, file=sys.stdout, bar_format=form, mininterval=wait) as bar:
             for epoch in range(len(history) + 1, settings.epochs + 1):
                 epoch_started = time.perf_counter()
@@ -156,7 +156,7 @@ def train(net, data, settings, label="", track=True, fused=None, checkpoint=None
                 trainer.check_finite()
                 seconds = time.perf_counter() - epoch_started
                 tested = test(net, data.test_images, data.test_labels).accuracy if track else math.nan
-                rate = trainer.learning_rates[epoch * trainer.steps - 1].item()
+                rate = trainer.learning_rates[epoch * trainer.steps_per_epoch - 1].item()
                 values = (epoch, loss, accuracy, tested, rate, seconds, time.perf_counter() - started)
                 history.append(dict(zip(records.HISTORY, values, strict=True)))
                 if checkpoint:

@@ -100,6 +100,7 @@ def poison(fused):
     """Fill with NaN what each step of an engine.kernels.FusedNet has to write before it reads it."""
     buffers = [fused.partials, fused.totals, fused.float16_weights]
     for layer in fused.layers:
-        buffers += [layer.x, layer.dy, layer.sums, layer.t_sums, layer.pooled_sums, layer.pooled_t_sums, layer.moments]
+        buffers += [layer.x, layer.dy, layer.sums, layer.t_sums, layer.mean_rstd]
+        buffers += [layer.pooled_sums, layer.pooled_t_sums]
     for buffer in buffers:
         buffer.fill_(torch.nan)

@@ -149,7 +149,7 @@ def test_master_weights_are_float32_and_what_the_copy_rounds(small, monkeypatch)
     assert len(trainer.copied) == 12  # ten convolutions, weight and bias of c11
     for low, master in trainer.copied:
         assert torch.equal(low, master.bfloat16())
-    assert net.C2.norm.num_batches_tracked == trainer.steps == 6
+    assert net.C2.norm.num_batches_tracked == trainer.steps_per_epoch == 6
 
 
 def test_precisions_differ_by_rounding_alone(small, monkeypatch):
@@ -192,7 +192,7 @@ def test_every_image_once_an_epoch_in_a_new_order(small):
 
 def test_an_epoch_leaves_out_what_does_not_fill_a_batch(small):
     trainer = Trainer(utils.build("NetA", SHORT, widths=NARROW), small, replace(SHORT, batch_size=250))
-    assert len(list(trainer.epoch())) == trainer.steps == 2
+    assert len(list(trainer.epoch())) == trainer.steps_per_epoch == 2
     assert len(trainer.order.flatten().unique()) == 500
 
 

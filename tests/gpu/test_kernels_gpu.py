@@ -71,7 +71,7 @@ def plain_step(net, images, labels, batch, augment):
 
 
 def results_of(fused):
-    """Copy a step's loss, share of right answers and gradients into one row."""
+    """Copy a step's loss, accuracy and gradients into one row."""
     return torch.cat([fused.metrics, *(p.grad.flatten() for p in fused.net.parameters())])
 
 
