@@ -19,11 +19,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from conftest import as_nobody, refused
+from conftest import ROOT, as_nobody, child, refused
 
 from engine import figures, files, records
 
-ROOT = Path(__file__).parents[2]
 OLD, NEW = b"old" * 50_000, b"new" * 50_000
 
 
@@ -41,16 +40,6 @@ def open_folder():
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o777)
         yield Path(folder)
-
-
-def child(call):
-    """Call in a forked process; return its id."""
-    if pid := os.fork():
-        return pid
-    try:
-        call()
-    finally:
-        os._exit(0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,17 +9,14 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import poison
+from conftest import ROOT, draw_batch, make_net, poison
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if INTERPRETED:
@@ -44,24 +41,11 @@ else:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 
 
-def make_net(norm, **options):
-    """A net whose scales and shifts are not all alike."""
-    torch.manual_seed(1)
-    net = models.Net(norm, **options)
-    with torch.no_grad():
-        for name, parameter in net.named_parameters():
-            if "norm" in name or name == "c11.bias":
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    return net
-
-
 def make_batch(count, classes=10):
     """Images in which neighboring pixels are alike, labels, and what of them makes up a batch."""
     torch.manual_seed(2)
     images = 255 * F.interpolate(torch.rand(8, 3, 8, 8), size=32, mode="bilinear").permute(0, 2, 3, 1)
-    chosen = torch.randperm(8)[:count]
-    shift, flip = torch.randint(-2, 3, (count, 2)), torch.rand(count) < 0.5
-    return images.to(torch.uint8).contiguous(), torch.randint(classes, (8,)), (chosen, shift, flip)
+    return images.to(torch.uint8).contiguous(), torch.randint(classes, (8,)), draw_batch(count, 8, 2)
 
 
 def compare(net, images, labels, batch, augment, limit=5e-3):
