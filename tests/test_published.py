@@ -3,7 +3,6 @@
 import importlib.metadata
 import json
 import re
-import subprocess
 import sys
 
 import nbformat
@@ -11,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, tracked
 from PIL import Image
 
 import hubconf
@@ -28,14 +27,6 @@ ROWS = read_rows(RESULTS / "runs.csv")
 MAIN = ROWS[ROWS["study"] == "main"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 NOTEBOOKS = [ROOT / "s8.ipynb", ROOT / "experiments" / "findings.ipynb"]
-
-
-def tracked():
-    """The files that git tracks."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode:
-        pytest.skip("not a git checkout")
-    return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
 
 
 def first_run(net):
