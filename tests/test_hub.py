@@ -43,6 +43,16 @@ def test_published_nets_by_torch_hub(tmp_path):
     assert not any(torch.allclose(found["NetC"], found[name]) for name in ("NetA", "NetB"))
 
 
+def test_torch_hub_lists_the_nets_and_has_help_for_each():
+    """As torch.hub.list and torch.hub.help look for them, which take no local folder."""
+    listed = [name for name in dir(hubconf) if callable(getattr(hubconf, name)) and not name.startswith("_")]
+    assert listed == list(utils.NETS)
+    for name in listed:
+        build = getattr(hubconf, name)
+        assert build.__name__ == name
+        assert build.__doc__.startswith(f"Build the network with {models.NORM_OF[name]} norm.\n")
+
+
 @pytest.mark.parametrize("name", utils.NETS)
 def test_options_go_to_the_net(name):
     net = getattr(hubconf, name)(classes=7, in_channels=1)
