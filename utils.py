@@ -25,7 +25,7 @@ from engine.figures import COLORS, save_figure, title
 from engine.probe import describe_votes, eval_mode
 from engine.statistics import contrast
 from engine.trainer import OPTIMIZERS, Trainer, takes_fused_step
-from models import NORM_OF, show, whole_number
+from models import NORM_OF, choose, show, whole_number
 
 NETS = ("NetA", "NetB", "NetC")
 LEARNING_RATES = {"NetA": 0.06, "NetB": 0.03, "NetC": 0.03}  # best on the validation split: experiments/sweeps.py, tune
@@ -64,13 +64,6 @@ class Settings:
         object.__setattr__(self, "crop", whole_number("crop", self.crop, 0, 16))
         choose("optimizer", self.optimizer, OPTIMIZERS)
         choose("augment", self.augment, AUGMENTS)
-
-
-def choose(name, value, choices):
-    """Return `value`; ValueError, in one line, unless it is one of `choices`."""
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
-    return value
 
 
 def pick_device(name=None):
@@ -285,8 +278,8 @@ def save_runs(runs, data, folder):
     records.save_predictions(results / "predictions.npz", name, seeds, predictions, data.test_labels.cpu().numpy())
     records.upsert(results / "runs.csv", [one.row for one in runs])
     epochs = [{"net": name, "seed": one.row["seed"]} | epoch for one in runs for epoch in one.history]
-    records.upsert(results / "history.csv", pd.DataFrame(epochs).round(5).to_dict("records"), key={"net": name})
-    records.upsert(results / "mistakes.csv", mistakes_table(first, data).to_dict("records"), key={"net": name})
+    records.upsert(results / "history.csv", pd.DataFrame(epochs).round(5), key={"net": name})
+    records.upsert(results / "mistakes.csv", mistakes_table(first, data), key={"net": name})
     weights = {key: value.cpu().contiguous() for key, value in first.net.state_dict().items()}
     files.save_tensors(folder / "weights" / f"{name}.pt", weights)
     for one in runs:
