@@ -431,20 +431,23 @@ def set_commit(text):
     code_commit.cache_clear()
 
 
+def git(folder, *arguments):
+    """Return what a git command prints in a folder; OSError or CalledProcessError where it fails."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # of a hook
+    command = ["git", "--no-optional-locks", "-C", folder, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=True)
+    return done.stdout.strip()
+
+
 @functools.cache  # what runs is what was there at the first run, whatever is written later
 def code_commit(default="unknown"):
     """Return the short hash of this repository's commit, with + when tracked code differs; else `default`."""
-
-    def git(*arguments):
-        command = ["git", "--no-optional-locks", "-C", ROOT, *arguments]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
-
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # of a hook
     try:
-        git("ls-files", "--error-unmatch", "models.py", "engine/records.py")  # fails for copies in another's repository
-        ours = Path(git("rev-parse", "--show-toplevel")).samefile(ROOT)
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
-        commit = git("rev-parse", "--short", "HEAD") + ("+" if changed else "") if ours else default
+        # Fails for copies in another's repository.
+        git(ROOT, "ls-files", "--error-unmatch", "models.py", "engine/records.py")
+        ours = Path(git(ROOT, "rev-parse", "--show-toplevel")).samefile(ROOT)
+        changed = git(ROOT, "status", "--porcelain", "--untracked-files=no", "--", "*.py")
+        commit = git(ROOT, "rev-parse", "--short", "HEAD") + ("+" if changed else "") if ours else default
     except (OSError, subprocess.CalledProcessError):
         commit = default
     return _commit or commit

@@ -4,7 +4,6 @@ import ast
 import base64
 import io
 import itertools
-import os
 import re
 import subprocess
 
@@ -12,6 +11,7 @@ import nbformat
 from PIL import Image
 
 import utils
+from engine import records
 
 
 class Refused(Exception):
@@ -20,13 +20,11 @@ class Refused(Exception):
 
 def committed(root):
     """Return s8.ipynb as the checkout's last commit has it; where there is no git, as it is."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # of a hook
-    command = ["git", "-C", root, "show", "HEAD:./s8.ipynb"]
     try:
-        content = subprocess.run(command, env=environment, capture_output=True, check=True).stdout
+        content = records.git(root, "show", "HEAD:./s8.ipynb")
     except (OSError, subprocess.CalledProcessError):
-        content = (root / "s8.ipynb").read_bytes()
-    return nbformat.reads(content.decode(), as_version=4)
+        content = (root / "s8.ipynb").read_text(encoding="utf-8")
+    return nbformat.reads(content, as_version=4)
 
 
 def check_source(notebook, original, seeds):
