@@ -12,38 +12,27 @@ import models
 dependencies = ["torch"]
 
 
-def NetA(pretrained=False, **options):
-    """Build the network with batch norm: images (N, 3, 32, 32), normalized with models.MEAN and STD, to logits (N, 10).
+def _builder(name):
+    """Return the function by which torch.hub builds the net called `name`."""
+
+    def build(pretrained=False, **options):
+        if pretrained and options:
+            raise ValueError(f"{', '.join(options)} given with pretrained=True; the published weights allow no options")
+        net = getattr(models, name)(**options)
+        if pretrained:
+            weights = pathlib.Path(__file__).parent / "weights" / f"{name}.pt"
+            net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        return net
+
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = f"""Build the network with {models.NORM_OF[name]} norm.
+
+    It takes images (N, 3, 32, 32), normalized with models.MEAN and STD, to logits (N, 10).
 
     pretrained  load the published weights: seed 0, trained without augmentation
     options     those of `models.Net`; they change what the weights mean, so ValueError when both are given
     """
-    return _load("NetA", pretrained, options)
+    return build
 
 
-def NetB(pretrained=False, **options):
-    """Build the network with layer norm: images (N, 3, 32, 32), normalized with models.MEAN and STD, to logits (N, 10).
-
-    pretrained  load the published weights: seed 0, trained without augmentation
-    options     those of `models.Net`; they change what the weights mean, so ValueError when both are given
-    """
-    return _load("NetB", pretrained, options)
-
-
-def NetC(pretrained=False, **options):
-    """Build the network with group norm: images (N, 3, 32, 32), normalized with models.MEAN and STD, to logits (N, 10).
-
-    pretrained  load the published weights: seed 0, trained without augmentation
-    options     those of `models.Net`; they change what the weights mean, so ValueError when both are given
-    """
-    return _load("NetC", pretrained, options)
-
-
-def _load(name, pretrained, options):
-    if pretrained and options:
-        raise ValueError(f"{', '.join(options)} given with pretrained=True; the published weights allow no options")
-    net = getattr(models, name)(**options)
-    if pretrained:
-        weights = pathlib.Path(__file__).parent / "weights" / f"{name}.pt"
-        net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    return net
+NetA, NetB, NetC = map(_builder, ("NetA", "NetB", "NetC"))

@@ -154,10 +154,16 @@ def whole_number(name, value, low=1, high=2**32 - 1):
     return number
 
 
+def choose(name, value, choices):
+    """Return `value`; ValueError, in one line, unless it is one of `choices`."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+    return value
+
+
 def check(norm, groups, widths, classes, in_channels):
     """Raise ValueError, in one line, for arguments that `Net` can't be built from."""
-    if not isinstance(norm, str) or norm not in NORMS:
-        raise ValueError(f"norm is {norm!r}; choose one of {', '.join(NORMS)}")
+    choose("norm", norm, NORMS)
     if not isinstance(widths, tuple | list) or len(widths) != len(CONVOLUTIONS):
         raise ValueError(f"widths is {widths!r}; give {len(CONVOLUTIONS)}, one each for {' '.join(CONVOLUTIONS)}")
     counts = dict(zip(CONVOLUTIONS, widths, strict=True), groups=groups, classes=classes, in_channels=in_channels)

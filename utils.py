@@ -25,7 +25,7 @@ from engine.figures import COLORS, save_figure, title
 from engine.probe import describe_votes, eval_mode
 from engine.statistics import contrast
 from engine.trainer import OPTIMIZERS, Trainer, takes_fused_step
-from models import NORM_OF, show, whole_number
+from models import NORM_OF, choose, show, whole_number
 
 NETS = ("NetA", "NetB", "NetC")
 LEARNING_RATES = {"NetA": 0.06, "NetB": 0.03, "NetC": 0.03}  # best on the validation split: experiments/sweeps.py, tune
@@ -38,7 +38,7 @@ class Settings:
     """Hyperparameters of one training run. ValueError for one that is out of range."""
 
     learning_rate: float = 0.03  # peak of the schedule, see engine.trainer.schedule
-    weight_decay: float = 0.5  # of convolutions but c11, in units of the learning rate
+    weight_decay: float = 0.5  # decoupled, multiplied by the learning rate; under sgd an L2 term; see param_groups
     momentum: float = 0.95  # under adamw: beta 1
     optimizer: str = "muon"  # one of engine.trainer.OPTIMIZERS
     batch_size: int = 500  # images; an epoch leaves out what does not fill a batch
@@ -66,18 +66,11 @@ class Settings:
         choose("augment", self.augment, AUGMENTS)
 
 
-def choose(name, value, choices):
-    """Return `value`; ValueError, in one line, unless it is one of `choices`."""
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
-    return value
-
-
 def pick_device(name=None):
     """Return the torch.device called `name`, or the best of CUDA, MPS and CPU. ValueError for one that is not here."""
-    here = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-    here = ["cuda"] * bool(here) + here + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    return torch.device(choose("device", str(name or here[0]), here))
+    available = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    available = ["cuda"] * bool(available) + available + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    return torch.device(choose("device", str(name or available[0]), available))
 
 
 def run_length(device, seeds=None, epochs=None):
@@ -137,7 +130,7 @@ def train(net, data, settings, label="", track=True, fused=None, checkpoint=None
         if checkpoint:
             step = f"fused step of Triton {trainer.fused.triton_version}" if trainer.fused else "PyTorch's step"
             run = records.fingerprint(net, data, settings, track, f"{trainer.dtype}, {step}")
-            saved = records.read_checkpoint(checkpoint, run, trainer.steps, trainer.state_dict())
+            saved = records.read_checkpoint(checkpoint, run, trainer.steps_per_epoch, trainer.state_dict())
             if saved:
                 run, history = saved["fingerprint"], saved["history"]
                 trainer.load_state_dict(saved["state"])
@@ -146,7 +139,7 @@ def train(net, data, settings, label="", track=True, fused=None, checkpoint=None
                 records.write_checkpoint(checkpoint, run, history, trainer.state_dict())
         form = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}{postfix}"
         wait = 1 if sys.stdout.isatty() else 10  # seconds: a notebook saves each
-        total, done = trainer.steps * settings.epochs, trainer.steps * len(history)
+        total, done = trainer.steps_per_epoch * settings.epochs, trainer.steps_per_epoch * len(history)
         with tqdm(total=total, initial=done, desc=label, file=sys.stdout, bar_format=form, mininterval=wait) as bar:
             for epoch in range(len(history) + 1, settings.epochs + 1):
                 epoch_started = time.perf_counter()
@@ -156,7 +149,7 @@ def train(net, data, settings, label="", track=True, fused=None, checkpoint=None
                 trainer.check_finite()
                 seconds = time.perf_counter() - epoch_started
                 tested = test(net, data.test_images, data.test_labels).accuracy if track else math.nan
-                rate = trainer.learning_rates[epoch * trainer.steps - 1].item()
+                rate = trainer.learning_rates[epoch * trainer.steps_per_epoch - 1].item()
                 values = (epoch, loss, accuracy, tested, rate, seconds, time.perf_counter() - started)
                 history.append(dict(zip(records.HISTORY, values, strict=True)))
                 if checkpoint:
@@ -285,8 +278,8 @@ def save_runs(runs, data, folder):
     records.save_predictions(results / "predictions.npz", name, seeds, predictions, data.test_labels.cpu().numpy())
     records.upsert(results / "runs.csv", [one.row for one in runs])
     epochs = [{"net": name, "seed": one.row["seed"]} | epoch for one in runs for epoch in one.history]
-    records.upsert(results / "history.csv", pd.DataFrame(epochs).round(5).to_dict("records"), key={"net": name})
-    records.upsert(results / "mistakes.csv", mistakes_table(first, data).to_dict("records"), key={"net": name})
+    records.upsert(results / "history.csv", pd.DataFrame(epochs).round(5), key={"net": name})
+    records.upsert(results / "mistakes.csv", mistakes_table(first, data), key={"net": name})
     weights = {key: value.cpu().contiguous() for key, value in first.net.state_dict().items()}
     files.save_tensors(folder / "weights" / f"{name}.pt", weights)
     for one in runs:

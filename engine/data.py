@@ -86,8 +86,7 @@ def load_data(device, source="auto", root="data"):
     Raises ValueError for another source, and OSError, in one line, for a data set that is absent and can't be fetched,
     a file that can't be read, and one damaged or missing beside others that can't be fetched anew.
     """
-    if source not in SOURCES:
-        raise ValueError(f"data source is {source!r}; choose one of {', '.join(SOURCES)}")
+    models.choose("data source", source, SOURCES)
     if source == "synthetic":
         print("As asked for, training on synthetic data. These are not results.")
         return synthetic_data(device)

@@ -35,7 +35,7 @@ ARRAY_PARTS = (  # what a pickle may name; encode makes bytes
     ("_codecs", "encode"),
 )
 TIMEOUT = 5  # seconds without an answer after which a server counts as absent
-PATIENCE, LEAST = 30, 300_000  # a server that sends fewer bytes in so many seconds is given up
+STALL_SECONDS, MIN_BYTES = 30, 300_000  # a server that sends fewer bytes in so many seconds is given up
 
 
 def read(dataset, root):
@@ -152,8 +152,8 @@ def receive(url, file, label):
     thread.start()
     while thread.is_alive():
         before = file.tell()
-        thread.join(PATIENCE)
-        if thread.is_alive() and file.tell() - before < LEAST:  # the closed file ends the thread
-            raise OSError(f"{url} sends less than {LEAST:,} bytes in {PATIENCE} seconds")
+        thread.join(STALL_SECONDS)
+        if thread.is_alive() and file.tell() - before < MIN_BYTES:  # the closed file ends the thread
+            raise OSError(f"{url} sends less than {MIN_BYTES:,} bytes in {STALL_SECONDS} seconds")
     for failure in failures:
         raise failure

@@ -15,7 +15,7 @@ import torch
 from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
-PATIENCE = 300  # seconds to wait for another process that writes the same file
+LOCK_TIMEOUT = 300  # seconds to wait for another process that writes the same file
 
 
 def save(path, write):
@@ -44,7 +44,7 @@ def replacement(path):
     try:
         _check_writable(target)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.with_name(f".{target.name}.lock"), timeout=PATIENCE):
+        with FileLock(target.with_name(f".{target.name}.lock"), timeout=LOCK_TIMEOUT):
             for stale in target.parent.glob(".*.part*"):  # from killed processes: the living wait for the lock
                 if stale.name.startswith(f".{target.name}.") and len(stale.name) == len(temporary.name):
                     stale.unlink()
@@ -69,7 +69,7 @@ def replacement(path):
 
 
 @contextlib.contextmanager
-def all_or_none(paths):
+def rollback_on_error(paths):
     """Put the files back when anything is raised inside, KeyboardInterrupt too. OSError if one can't be written."""
     before = {}
     for path in paths:

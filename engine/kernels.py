@@ -54,6 +54,7 @@ from tqdm import tqdm
 
 import models
 from engine import fast
+from engine.muon import split_like
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What the kernels share
@@ -81,7 +82,7 @@ def store_both(sums, n, n_images, both, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def tap_places(block, k, TAPS: tl.constexpr, SIDE: tl.constexpr, CHANNELS: tl.constexpr):
+def tap_offsets(block, k, TAPS: tl.constexpr, SIDE: tl.constexpr, CHANNELS: tl.constexpr):
     """Where values k of a block of TAPS taps lie, from the first tap on, in an image (SIDE, SIDE, CHANNELS).
 
     There are nine taps; where the last block has more, they repeat the ninth and meet weights of zero.
@@ -126,18 +127,18 @@ def scale_and_shift(mean, rstd, values, weight, bias, REAL: tl.constexpr, CHANNE
 
 
 @triton.jit
-def load_moments(moments, n, n_images, CHANNELS: tl.constexpr):
-    """Mean and rstd of image n, (CHANNELS,) each, from moments (2, n_images, CHANNELS)."""
+def load_mean_rstd(mean_rstd, n, n_images, CHANNELS: tl.constexpr):
+    """Mean and rstd of image n, (CHANNELS,) each, from mean_rstd (2, n_images, CHANNELS)."""
     channel = tl.arange(0, CHANNELS)
-    mean = tl.load(moments + n * CHANNELS + channel)
-    return mean, tl.load(moments + (n_images + n) * CHANNELS + channel)
+    mean = tl.load(mean_rstd + n * CHANNELS + channel)
+    return mean, tl.load(mean_rstd + (n_images + n) * CHANNELS + channel)
 
 
 @triton.jit
-def store_moments(moments, n, n_images, mean, rstd, CHANNELS: tl.constexpr):
+def store_mean_rstd(mean_rstd, n, n_images, mean, rstd, CHANNELS: tl.constexpr):
     channel = tl.arange(0, CHANNELS)
-    tl.store(moments + n * CHANNELS + channel, mean)
-    tl.store(moments + (n_images + n) * CHANNELS + channel, rstd)
+    tl.store(mean_rstd + n * CHANNELS + channel, mean)
+    tl.store(mean_rstd + (n_images + n) * CHANNELS + channel, rstd)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -146,8 +147,8 @@ def store_moments(moments, n, n_images, mean, rstd, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def reflect(at):
-    return 31 - tl.abs(31 - tl.abs(at))
+def reflect(position):
+    return 31 - tl.abs(31 - tl.abs(position))
 
 
 @triton.jit(do_not_specialize=["n_images"])
@@ -177,26 +178,26 @@ def forward_first(
             from_column = reflect(from_column)
         value = tl.load(image + ((from_row * 32 + from_column) * 3)[:, None] + color, (color < 3)[None, :], 0)
         value = tl.where((color < 3)[None, :], (value.to(tl.float32) - mean) / deviation, 0.0)
-        place = ((row + 1) * 34 + column + 1) * 4
-        tl.store(y + place[:, None] + color, value.to(tl.float16))
+        offsets = ((row + 1) * 34 + column + 1) * 4
+        tl.store(y + offsets[:, None] + color, value.to(tl.float16))
     tl.debug_barrier()
     convolve(y, weights, x + start * (1024 * CO), sums, pooled, arrived, n, n_images, 32, 4, CO, TAPS, TILE, ADD)
 
 
 @triton.jit(do_not_specialize=["n_images", "rows", "count", "eps", "weight", "bias"])
 def forward_layer(
-    x_before, sums_before, rows, count, eps, values, weight, bias, moments, y, weights, x, sums, pooled, arrived,
+    x_before, sums_before, rows, count, eps, values, weight, bias, mean_rstd, y, weights, x, sums, pooled, arrived,
     n_images, H: tl.constexpr, GROUP: tl.constexpr, REAL: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr,
     POOL: tl.constexpr, TAPS: tl.constexpr, FILL: tl.constexpr, TILE: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """x_before (N, H * POOL, H * POOL, CI) of image n -> y (N, H + 2, H + 2, CI) -> x (N, H, H, CO), sums (2, N, CO).
 
-    sums_before (2, rows, CI) -> moments (2, N, CI), mean and rstd of x_before, for the backward pass
+    sums_before (2, rows, CI) -> mean_rstd (2, N, CI), mean and rstd of x_before, for the backward pass
     """
     n = tl.program_id(0)
     start = n.to(tl.int64)
     mean, rstd = mean_and_rstd(sums_before, n, rows, count, eps, GROUP, CI)
-    store_moments(moments, n, n_images, mean, rstd, CI)
+    store_mean_rstd(mean_rstd, n, n_images, mean, rstd, CI)
     scale, shift = scale_and_shift(mean, rstd, values, weight, bias, REAL, CI)
     channel = tl.arange(0, CI)
     x_before += start * (H * H * POOL * POOL * CI)
@@ -206,11 +207,11 @@ def forward_layer(
         i, j = pixel // H, pixel % H
         total = tl.zeros([FILL, CI], tl.float32)
         for part in tl.static_range(POOL * POOL):
-            place = ((i * POOL + part // POOL) * (H * POOL) + j * POOL + part % POOL) * CI
-            z = scale * tl.load(x_before + place[:, None] + channel) + shift
+            offsets = ((i * POOL + part // POOL) * (H * POOL) + j * POOL + part % POOL) * CI
+            z = scale * tl.load(x_before + offsets[:, None] + channel) + shift
             total += z * sigmoid(z)
-        place = ((i + 1) * (H + 2) + j + 1) * CI
-        tl.store(y + place[:, None] + channel, (total * (1 / (POOL * POOL))).to(tl.float16))
+        offsets = ((i + 1) * (H + 2) + j + 1) * CI
+        tl.store(y + offsets[:, None] + channel, (total * (1 / (POOL * POOL))).to(tl.float16))
     tl.debug_barrier()
     convolve(y, weights, x + start * (H * H * CO), sums, pooled, arrived, n, n_images, H, CI, CO, TAPS, TILE, ADD)
 
@@ -230,10 +231,10 @@ def convolve(
     both = tl.zeros([CO, 2], tl.float32)
     for first in range(0, H * H, TILE):
         pixel = first + tl.arange(0, TILE)
-        place = y + ((pixel // H * (H + 2) + pixel % H) * CI)[:, None]
+        pointers = y + ((pixel // H * (H + 2) + pixel % H) * CI)[:, None]
         total = tl.zeros([TILE, CO], tl.float32)
         for block in tl.static_range(BLOCKS):
-            taps = tl.load(place + tap_places(block, k, TAPS, H + 2, CI))
+            taps = tl.load(pointers + tap_offsets(block, k, TAPS, H + 2, CI))
             w = tl.load(weights + (block * TAPS * CI + k)[:, None] * CO + channel)
             total = tl.dot(taps, w, total)
         tl.store(x + (pixel * CO)[:, None] + channel, total.to(tl.float16))
@@ -250,9 +251,9 @@ def add_rows(sums, pooled, n_images, first, CHANNELS: tl.constexpr, BLOCK: tl.co
     s1, s2 = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for start in range(0, n_images, CHUNK):
         image = start + tl.arange(0, CHUNK)
-        at, there = sums + (image * CHANNELS)[:, None] + channel, (image < n_images)[:, None]
-        values = tl.load(at, there, 0.0, cache_modifier=".cg")
-        squares = tl.load(at + n_images * CHANNELS, there, 0.0, cache_modifier=".cg")
+        pointers, mask = sums + (image * CHANNELS)[:, None] + channel, (image < n_images)[:, None]
+        values = tl.load(pointers, mask, 0.0, cache_modifier=".cg")
+        squares = tl.load(pointers + n_images * CHANNELS, mask, 0.0, cache_modifier=".cg")
         s1 += tl.sum(values, 0)
         s2 += tl.sum(squares, 0)
     tl.store(pooled + channel, s1)
@@ -290,43 +291,43 @@ def track_statistics(
     """
     channel, layer = tl.arange(0, CHANNELS), tl.arange(0, LAYERS)
     source, count, momentum = tl.load(sources + channel), tl.load(counts + channel), tl.load(momenta + channel)
-    there = source >= 0
-    mean = tl.load(pooled + source, there, 0.0) / count
-    square = tl.load(pooled + tl.load(squares + channel), there, 0.0) / count
+    mask = source >= 0
+    mean = tl.load(pooled + source, mask, 0.0) / count
+    square = tl.load(pooled + tl.load(squares + channel), mask, 0.0) / count
     variance = tl.maximum(square - mean * mean, 0.0) * count / tl.maximum(count - 1, 1.0)
-    old = tl.load(running_mean + channel, there, 0.0)
-    tl.store(running_mean + channel, old + momentum * (mean - old), there)
-    old = tl.load(running_var + channel, there, 0.0)
-    tl.store(running_var + channel, old + momentum * (variance - old), there)
+    old = tl.load(running_mean + channel, mask, 0.0)
+    tl.store(running_mean + channel, old + momentum * (mean - old), mask)
+    old = tl.load(running_var + channel, mask, 0.0)
+    tl.store(running_var + channel, old + momentum * (variance - old), mask)
     tl.store(batches + layer, tl.load(batches + layer, layer < layers, 0) + 1, layer < layers)
 
 
 @triton.jit(do_not_specialize=["n_images", "rows", "count", "eps", "weight", "bias", "w11", "b11", "columns"])
 def head(
-    x, sums, rows, count, eps, values, weight, bias, moments, w11, b11, labels, chosen,
+    x, sums, rows, count, eps, values, weight, bias, mean_rstd, w11, b11, labels, chosen,
     dy, t_sums, pooled, arrived, partials, columns, n_images, loss_scale, smoothing,
     PIXELS: tl.constexpr, GROUP: tl.constexpr, REAL: tl.constexpr, CHANNELS: tl.constexpr, CLASSES: tl.constexpr,
     PADDED: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """x (N, 8, 8, CHANNELS) of C10 -> y, GAP, c11, loss, and back: dy (N, CHANNELS), T1 and T2 of C10.
 
-    moments as in `forward_layer`.
+    mean_rstd as in `forward_layer`.
     Row p of partials (programs, columns): sums over the images of program p of c11's gradients (PADDED, CHANNELS) and
-    (PADDED,), of the loss and of the right answers, both divided by N. All of it is multiplied by loss_scale.
+    (PADDED,), of the loss and of the correct answers, both divided by N. All of it is multiplied by loss_scale.
     """
     p = tl.program_id(0)
     pixel, channel, label = tl.arange(0, PIXELS), tl.arange(0, CHANNELS), tl.arange(0, PADDED)
-    there = (label < CLASSES)[:, None] & (channel < REAL)[None, :]
-    w = tl.load(values + w11 + (label * REAL)[:, None] + channel, there, 0.0)
+    mask = (label < CLASSES)[:, None] & (channel < REAL)[None, :]
+    w = tl.load(values + w11 + (label * REAL)[:, None] + channel, mask, 0.0)
     b = tl.load(values + b11 + label, label < CLASSES, float("-inf"))
-    of_w, of_b = tl.zeros([PADDED, CHANNELS], tl.float32), tl.zeros([PADDED], tl.float32)
-    loss, right = 0.0, 0.0
+    grad_w, grad_b = tl.zeros([PADDED, CHANNELS], tl.float32), tl.zeros([PADDED], tl.float32)
+    loss, correct = 0.0, 0.0
     for n in range(p, n_images, tl.num_programs(0)):
         mean, rstd = mean_and_rstd(sums, n, rows, count, eps, GROUP, CHANNELS)
-        store_moments(moments, n, n_images, mean, rstd, CHANNELS)
+        store_mean_rstd(mean_rstd, n, n_images, mean, rstd, CHANNELS)
         scale, shift = scale_and_shift(mean, rstd, values, weight, bias, REAL, CHANNELS)
-        at = (tl.full([], 1, tl.int64) * n * PIXELS + pixel)[:, None] * CHANNELS + channel
-        value = tl.load(x + at).to(tl.float32)
+        offsets = (tl.full([], 1, tl.int64) * n * PIXELS + pixel)[:, None] * CHANNELS + channel
+        value = tl.load(x + offsets).to(tl.float32)
         z = scale * value + shift
         s = sigmoid(z)
         average = tl.sum(z * s, 0) / PIXELS
@@ -337,19 +338,19 @@ def head(
         wanted = tl.where(label == truth, 1 - smoothing, 0.0) + smoothing / CLASSES
         wanted = tl.where(label < CLASSES, wanted, 0.0)
         loss += tl.sum(tl.where(label < CLASSES, wanted * (log_sum - logits), 0.0), 0)
-        right += tl.where(tl.sum(tl.where(label == truth, logits, 0.0), 0) >= highest, 1.0, 0.0)
-        of_logits = (tl.exp(logits - log_sum) - wanted) * (loss_scale / n_images)
-        of_w += of_logits[:, None] * average[None, :]
-        of_b += of_logits
-        of_y = tl.sum(w * of_logits[:, None], 0) / PIXELS
-        tl.store(dy + n * CHANNELS + channel, of_y.to(tl.float16))
-        dz = of_y * (s * (1 + z * (1 - s)))
+        correct += tl.where(tl.sum(tl.where(label == truth, logits, 0.0), 0) >= highest, 1.0, 0.0)
+        grad_logits = (tl.exp(logits - log_sum) - wanted) * (loss_scale / n_images)
+        grad_w += grad_logits[:, None] * average[None, :]
+        grad_b += grad_logits
+        grad_y = tl.sum(w * grad_logits[:, None], 0) / PIXELS
+        tl.store(dy + n * CHANNELS + channel, grad_y.to(tl.float16))
+        dz = grad_y * (s * (1 + z * (1 - s)))
         store_both(t_sums, n, n_images, sum_both(dz, dz * value), CHANNELS)
     out = partials + p * columns
-    tl.store(out + (label * CHANNELS)[:, None] + channel, of_w)
-    tl.store(out + PADDED * CHANNELS + label, of_b)
+    tl.store(out + (label * CHANNELS)[:, None] + channel, grad_w)
+    tl.store(out + PADDED * CHANNELS + label, grad_b)
     tl.store(out + PADDED * CHANNELS + PADDED, loss / n_images * loss_scale)
-    tl.store(out + PADDED * CHANNELS + PADDED + 1, right / n_images * loss_scale)
+    tl.store(out + PADDED * CHANNELS + PADDED + 1, correct / n_images * loss_scale)
     if ADD:
         add_images_if_last(t_sums, pooled, arrived, n_images, CHANNELS)
 
@@ -361,12 +362,12 @@ def head(
 
 @triton.jit
 def norm_backward(
-    moments, t_sums, n, rows, count, values, weight, bias, n_images,
+    mean_rstd, t_sums, n, rows, count, values, weight, bias, n_images,
     GROUP: tl.constexpr, REAL: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """scale, shift, b, c (see above) of image n, and its share of dweight and dbias, each (CHANNELS,)."""
     channel = tl.arange(0, CHANNELS)
-    mean, rstd = load_moments(moments, n, n_images, CHANNELS)
+    mean, rstd = load_mean_rstd(mean_rstd, n, n_images, CHANNELS)
     scale, shift = scale_and_shift(mean, rstd, values, weight, bias, REAL, CHANNELS)
     row = tl.where(rows == 1, 0, n)
     t1 = tl.load(t_sums + row * CHANNELS + channel)
@@ -396,13 +397,13 @@ def input_gradient(x, dy, pixel, scale, shift, b, c, H: tl.constexpr, CHANNELS: 
     "rows", "count", "weight", "bias", "weight_before", "bias_before", "columns", "n_images"
 ])  # fmt: skip
 def backward_layer(
-    values, dy, x, moments, t_sums, rows, count, weight, bias, x_before, moments_before, weight_before, bias_before,
+    values, dy, x, mean_rstd, t_sums, rows, count, weight, bias, x_before, mean_rstd_before, weight_before, bias_before,
     y, weights, dx, dy_before, t_before, pooled, arrived, partials, columns, n_images,
     H: tl.constexpr, GROUP: tl.constexpr, REAL: tl.constexpr, CO: tl.constexpr, POOL: tl.constexpr,
     REAL_BEFORE: tl.constexpr, CI: tl.constexpr, POOL_BEFORE: tl.constexpr,
     TAPS: tl.constexpr, FILL: tl.constexpr, TILE: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """dy, x and moments of this layer -> dx, gradients of weights, and dy_before, T1 and T2 of the layer before.
+    """dy, x and mean_rstd of this layer -> dx, gradients of weights, and dy_before, T1 and T2 of the layer before.
 
     dy (N, H / POOL, H / POOL, CO), one for the pixels of a pool, x (N, H, H, CO), dx (programs, H + 2, H + 2, CO) for
     one image at a time, weights (taps, CO, CI) turned by 180 degrees, dy_before (N, H, H, CI). The
@@ -413,28 +414,28 @@ def backward_layer(
     BLOCKS: tl.constexpr = (8 + TAPS) // TAPS
     p = tl.program_id(0)
     channel, before, k = tl.arange(0, CO), tl.arange(0, CI), tl.arange(0, TAPS * CO)
-    of_weight, of_bias = tl.zeros([CO], tl.float32), tl.zeros([CO], tl.float32)
-    of_weights = ()
+    grad_norm_weight, grad_norm_bias = tl.zeros([CO], tl.float32), tl.zeros([CO], tl.float32)
+    grad_weights = ()
     for _ in tl.static_range(BLOCKS):
-        of_weights = of_weights + (tl.zeros([TAPS * CO, CI], tl.float32),)  # noqa: RUF005 - as Triton reads it
+        grad_weights = grad_weights + (tl.zeros([TAPS * CO, CI], tl.float32),)  # noqa: RUF005 - as Triton reads it
     dx += p.to(tl.int64) * ((H + 2) * (H + 2) * CO)
     for n in range(p, n_images, tl.num_programs(0)):
         start = tl.full([], 1, tl.int64) * n
         # Zero, which the compiler can't know: it would keep the addresses of all loads in registers, and run out.
         zero = tl.minimum(n, 0)
-        mean, rstd = load_moments(moments_before, n, n_images, CI)
+        mean, rstd = load_mean_rstd(mean_rstd_before, n, n_images, CI)
         scale_before, shift_before = scale_and_shift(mean, rstd, values, weight_before, bias_before, REAL_BEFORE, CI)
         scale, shift, b, c, t2, t1 = norm_backward(
-            moments, t_sums, n, rows, count, values, weight, bias, n_images, GROUP, REAL, CO
+            mean_rstd, t_sums, n, rows, count, values, weight, bias, n_images, GROUP, REAL, CO
         )
-        of_weight += t2
-        of_bias += t1
+        grad_norm_weight += t2
+        grad_norm_bias += t1
         x_n, dy_n = x + start * (H * H * CO), dy + start * (H // POOL * (H // POOL) * CO)
         for first in range(0, H * H, FILL):
             pixel = zero + first + tl.arange(0, FILL)
             gradient = input_gradient(x_n, dy_n, pixel, scale, shift, b, c, H, CO, POOL)
-            place = ((pixel // H + 1) * (H + 2) + pixel % H + 1) * CO
-            tl.store(dx + place[:, None] + channel, gradient.to(tl.float16))
+            offsets = ((pixel // H + 1) * (H + 2) + pixel % H + 1) * CO
+            tl.store(dx + offsets[:, None] + channel, gradient.to(tl.float16))
         tl.debug_barrier()
         x_n, dy_n = x_before + start * (H * H * POOL_BEFORE * POOL_BEFORE * CI), dy_before + start * (H * H * CI)
         y_n = y + start * ((H + 2) * (H + 2) * CI)
@@ -446,20 +447,20 @@ def backward_layer(
                 inputs = (z * sigmoid(z)).to(tl.float16)
             else:
                 inputs = tl.load(y_n + (((i + 1) * (H + 2) + j + 1) * CI)[:, None] + before)
-            place = dx + ((i * (H + 2) + j) * CO)[:, None]
+            pointers = dx + ((i * (H + 2) + j) * CO)[:, None]
             total = tl.zeros([TILE, CI], tl.float32)
             updated = ()
-            taps = tl.load(place + tap_places(0, k, TAPS, H + 2, CO))
+            taps = tl.load(pointers + tap_offsets(0, k, TAPS, H + 2, CO))
             w = tl.load(weights + k[:, None] * CI + before)
             for block in tl.static_range(BLOCKS):
                 next_taps, next_w = taps, w
                 if block + 1 < BLOCKS:
-                    next_taps = tl.load(place + tap_places(block + 1, k, TAPS, H + 2, CO))
+                    next_taps = tl.load(pointers + tap_offsets(block + 1, k, TAPS, H + 2, CO))
                     next_w = tl.load(weights + ((block + 1) * TAPS * CO + k)[:, None] * CI + before)
                 total = tl.dot(taps, w, total)
-                updated = updated + (tl.dot(tl.trans(taps), inputs, of_weights[block]),)  # noqa: RUF005
+                updated = updated + (tl.dot(tl.trans(taps), inputs, grad_weights[block]),)  # noqa: RUF005
                 taps, w = next_taps, next_w
-            of_weights = updated
+            grad_weights = updated
             total = total * (1 / (POOL_BEFORE * POOL_BEFORE))
             tl.store(dy_n + (pixel * CI)[:, None] + before, total.to(tl.float16))
         tl.debug_barrier()
@@ -479,47 +480,47 @@ def backward_layer(
         store_both(t_before, n, n_images, sum_both(t1, t2), CI)
     out = partials + p * columns
     for block in tl.static_range(BLOCKS):
-        there = (block * TAPS + k // CO < 9) & (k % CO < REAL)
-        at = out + ((block * TAPS * CO + k) * CI)[:, None] + before
-        tl.store(at, of_weights[block], there[:, None] & (before < REAL_BEFORE))
-    tl.store(out + BLOCKS * TAPS * CO * CI + channel, of_weight)
-    tl.store(out + BLOCKS * TAPS * CO * CI + CO + channel, of_bias)
+        mask = (block * TAPS + k // CO < 9) & (k % CO < REAL)
+        pointers = out + ((block * TAPS * CO + k) * CI)[:, None] + before
+        tl.store(pointers, grad_weights[block], mask[:, None] & (before < REAL_BEFORE))
+    tl.store(out + BLOCKS * TAPS * CO * CI + channel, grad_norm_weight)
+    tl.store(out + BLOCKS * TAPS * CO * CI + CO + channel, grad_norm_bias)
     if ADD:
         add_images_if_last(t_before, pooled, arrived, n_images, CI)
 
 
 @triton.jit(do_not_specialize=["rows", "count", "weight", "bias", "columns", "n_images"])
 def backward_first(
-    values, dy, x, moments, t_sums, rows, count, weight, bias, y, partials, columns, n_images,
+    values, dy, x, mean_rstd, t_sums, rows, count, weight, bias, y, partials, columns, n_images,
     GROUP: tl.constexpr, REAL: tl.constexpr, CO: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """dy, x (N, 32, 32, CO) and moments of C1, its input y (N, 34, 34, 4) -> gradients; nothing lies before.
+    """dy, x (N, 32, 32, CO) and mean_rstd of C1, its input y (N, 34, 34, 4) -> gradients; nothing lies before.
 
     Row p of partials (programs, columns): the weights' (16 taps, 4, CO), of which 9 taps and 3 colors count, and the
     norm's weight and bias, (CO,) each.
     """
     p = tl.program_id(0)
     channel, k = tl.arange(0, CO), tl.arange(0, 64)
-    of_weight, of_bias = tl.zeros([CO], tl.float32), tl.zeros([CO], tl.float32)
-    of_weights = tl.zeros([64, CO], tl.float32)
+    grad_norm_weight, grad_norm_bias = tl.zeros([CO], tl.float32), tl.zeros([CO], tl.float32)
+    grad_weights = tl.zeros([64, CO], tl.float32)
     for n in range(p, n_images, tl.num_programs(0)):
         start = tl.full([], 1, tl.int64) * n
         scale, shift, b, c, t2, t1 = norm_backward(
-            moments, t_sums, n, rows, count, values, weight, bias, n_images, GROUP, REAL, CO
+            mean_rstd, t_sums, n, rows, count, values, weight, bias, n_images, GROUP, REAL, CO
         )
-        of_weight += t2
-        of_bias += t1
+        grad_norm_weight += t2
+        grad_norm_bias += t1
         x_n, dy_n, y_n = x + start * (1024 * CO), dy + start * (1024 * CO), y + start * (34 * 34 * 4)
         for first in range(0, 1024, TILE):
             pixel = first + tl.arange(0, TILE)
             gradient = input_gradient(x_n, dy_n, pixel, scale, shift, b, c, 32, CO, 1)
-            place = (pixel // 32 * 34 + pixel % 32) * 4
-            taps = tl.load(y_n + place[:, None] + tap_places(0, k, 16, 34, 4))
-            of_weights = tl.dot(tl.trans(taps), gradient.to(tl.float16), of_weights)
+            offsets = (pixel // 32 * 34 + pixel % 32) * 4
+            taps = tl.load(y_n + offsets[:, None] + tap_offsets(0, k, 16, 34, 4))
+            grad_weights = tl.dot(tl.trans(taps), gradient.to(tl.float16), grad_weights)
     out = partials + p * columns
-    tl.store(out + (k * CO)[:, None] + channel, of_weights)
-    tl.store(out + 64 * CO + channel, of_weight)
-    tl.store(out + 65 * CO + channel, of_bias)
+    tl.store(out + (k * CO)[:, None] + channel, grad_weights)
+    tl.store(out + 64 * CO + channel, grad_norm_weight)
+    tl.store(out + 65 * CO + channel, grad_norm_bias)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -538,15 +539,15 @@ def compose_weights(values, sources, others, terms, strides, weights, BLOCK: tl.
     element = p * BLOCK + tl.arange(0, BLOCK)
     source = tl.load(sources + element)
     count = tl.load(terms + p)
-    there = source >= 0
+    mask = source >= 0
     if count == 0:
-        weight = tl.load(values + source, there, 0.0)
+        weight = tl.load(values + source, mask, 0.0)
     else:
         other, stride = tl.load(others + element), tl.load(strides + p)
         weight = tl.zeros([BLOCK], tl.float32)
         for term in range(0, count):
-            first = tl.load(values + source + term, there, 0.0)
-            weight += first * tl.load(values + other + term * stride, there, 0.0)
+            first = tl.load(values + source + term, mask, 0.0)
+            weight += first * tl.load(values + other + term * stride, mask, 0.0)
     tl.store(weights + element, weight.to(tl.float16))
 
 
@@ -592,13 +593,13 @@ def split_gradients(
     m, i = tl.arange(0, MIDDLE), tl.arange(0, INPUTS)
     if block < blocks:
         o = block * ROWS + tl.arange(0, ROWS)
-        of_product = tl.load(totals + product + (o * inputs)[:, None] + i, (o < outputs)[:, None] & (i < inputs), 0.0)
+        grad_product = tl.load(totals + product + (o * inputs)[:, None] + i, (o < outputs)[:, None] & (i < inputs), 0.0)
         w = tl.load(values + inner + i[:, None] + m * inputs, (i < inputs)[:, None] & (m < middle), 0.0)
-        of_outer = tl.dot(of_product, w, input_precision="ieee")
-        tl.store(totals + outer + (o * middle)[:, None] + m, of_outer, (o < outputs)[:, None] & (m < middle))
+        grad_outer = tl.dot(grad_product, w, input_precision="ieee")
+        tl.store(totals + outer + (o * middle)[:, None] + m, grad_outer, (o < outputs)[:, None] & (m < middle))
     else:
         rows = (block - blocks) * ROWS + tl.arange(0, ROWS)
-        of_inner = tl.zeros([ROWS, INPUTS], tl.float32)
+        grad_inner = tl.zeros([ROWS, INPUTS], tl.float32)
         for first in range(0, outputs, CHUNK):
             many = first + tl.arange(0, CHUNK)
             outers = tl.load(
@@ -607,8 +608,8 @@ def split_gradients(
             products = tl.load(
                 totals + product + (many * inputs)[:, None] + i, (many < outputs)[:, None] & (i < inputs), 0.0
             )
-            of_inner = tl.dot(outers, products, of_inner, input_precision="ieee")
-        tl.store(totals + inner + (rows * inputs)[:, None] + i, of_inner, (rows < middle)[:, None] & (i < inputs))
+            grad_inner = tl.dot(outers, products, grad_inner, input_precision="ieee")
+        tl.store(totals + inner + (rows * inputs)[:, None] + i, grad_inner, (rows < middle)[:, None] & (i < inputs))
 
 
 @triton.jit
@@ -641,25 +642,25 @@ def muon_step(
         m, n = tl.load(rows + k), tl.load(columns + k)
         row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
         inside = (row * n)[:, None] + column
-        there = (row < m)[:, None] & (column < n)[None, :]
+        mask = (row < m)[:, None] & (column < n)[None, :]
         first, moving_first = tl.load(offsets + k), tl.load(momenta_offsets + k)
-        gradient = tl.load(gradients + first + inside, there, 0.0)
-        moving = momentum * tl.load(momenta + moving_first + inside, there, 0.0) + gradient
-        tl.store(momenta + moving_first + inside, moving, there)
+        gradient = tl.load(gradients + first + inside, mask, 0.0)
+        moving = momentum * tl.load(momenta + moving_first + inside, mask, 0.0) + gradient
+        tl.store(momenta + moving_first + inside, moving, mask)
         update = orthogonalized(gradient + momentum * moving, STEPS).to(tl.float32) * rate
-        value = tl.load(values + first + inside, there, 0.0)
+        value = tl.load(values + first + inside, mask, 0.0)
         value = tl.where(stop, value, value * (1 - rate * weight_decay) - update)
-        tl.store(values + first + inside, value, there)
+        tl.store(values + first + inside, value, mask)
     else:
         element = (k - matrices) * BLOCK + tl.arange(0, BLOCK)
-        left = element < rest_count
-        place = tl.load(rest + element, left, 0)
-        slope = tl.load(gradients + place, left, 0.0)
-        speed = momentum * tl.load(rest_momenta + element, left, 0.0) + slope
-        tl.store(rest_momenta + element, speed, left)
-        parameter = tl.load(values + place, left, 0.0)
+        rest_mask = element < rest_count
+        rest_offsets = tl.load(rest + element, rest_mask, 0)
+        slope = tl.load(gradients + rest_offsets, rest_mask, 0.0)
+        speed = momentum * tl.load(rest_momenta + element, rest_mask, 0.0) + slope
+        tl.store(rest_momenta + element, speed, rest_mask)
+        parameter = tl.load(values + rest_offsets, rest_mask, 0.0)
         updated = parameter - (slope + momentum * speed) * rest_lr * rate
-        tl.store(values + place, tl.where(stop, parameter, updated), left)
+        tl.store(values + rest_offsets, tl.where(stop, parameter, updated), rest_mask)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -670,20 +671,20 @@ def begin_step(
     """Copy what belongs to step counts[0] of the epoch, row of order (steps, count), and counts[1] of the run: lr."""
     p = tl.program_id(0)
     image = p * BLOCK + tl.arange(0, BLOCK)
-    there = image < count
-    index = tl.load(order + tl.load(counts) * count + image, there, 0)
-    tl.store(chosen + image, index, there)
+    mask = image < count
+    index = tl.load(order + tl.load(counts) * count + image, mask, 0)
+    tl.store(chosen + image, index, mask)
     if AUGMENT:
-        tl.store(own_shift + 2 * image, tl.load(shift + 2 * index, there, 0), there)
-        tl.store(own_shift + 2 * image + 1, tl.load(shift + 2 * index + 1, there, 0), there)
-        tl.store(own_flip + image, tl.load(flip + index, there, 0), there)
+        tl.store(own_shift + 2 * image, tl.load(shift + 2 * index, mask, 0), mask)
+        tl.store(own_shift + 2 * image + 1, tl.load(shift + 2 * index + 1, mask, 0), mask)
+        tl.store(own_flip + image, tl.load(flip + index, mask, 0), mask)
     if p == 0:
         tl.store(lr, tl.load(learning_rates + tl.load(counts + 1)))
 
 
 @triton.jit
 def end_step(metrics, metric_sums, counts, diverged):
-    """Add loss and share of right answers to their sums; count the step, unless the run has diverged."""
+    """Add loss and accuracy, 0 to 1, to their sums; count the step, unless the run has diverged."""
     two = tl.arange(0, 2)
     tl.store(metric_sums + two, tl.load(metric_sums + two) + tl.load(metrics + two))
     tl.store(counts + two, tl.load(counts + two) + tl.where(tl.load(diverged) > 0, 0, 1))
@@ -702,7 +703,6 @@ class Tile(NamedTuple):
     taps: int  # to a block of the product
     warps: int
     programs: int = 1  # for each multiprocessor; backward alone
-    registers: int | None = None  # at most, for each thread
 
 
 # For each layer and direction, for batches of 2 or more images for each multiprocessor and for smaller ones.
@@ -721,11 +721,11 @@ TILES = {
     "C8 backward": (Tile(64, 64, 2, 4, 2), Tile(64, 64, 2, 4, 2)),
     "C9 backward": (Tile(64, 64, 2, 4, 2), Tile(64, 64, 2, 4, 2)),
 }
-AS = {"C6": "C5", "C10": "C9"}  # layers whose tiles are those of another of the same sizes
+SAME_TILES = {"C6": "C5", "C10": "C9"}  # layers whose tiles are those of another of the same sizes
 SIDES = {"C1": 32, "C2": 32, "C4": 16, "C5": 16, "C6": 16, "C8": 8, "C9": 8, "C10": 8}
-ASIDE = ("add most partials", "split gradients", "track statistics")  # launches that run beside others
-INNER = {"C4": "c3", "C8": "c7"}  # the 1x1 convolution before each, after a 2x2 pool
-PIECE, PART = 256, 64  # elements of a program of compose_weights and of add_partials
+SIDE_STREAM = ("add most partials", "split gradients", "track statistics")  # launches that run beside others
+POINTWISE_BEFORE = {"C4": "c3", "C8": "c7"}  # the 1x1 convolution before each, after a 2x2 pool
+COMPOSE_BLOCK, REDUCE_BLOCK = 256, 64  # elements of a program of compose_weights and of add_partials
 
 
 def reason_against(net):
@@ -789,14 +789,14 @@ def padded(channels):
 class Layer:
     """One 3x3 convolution with its norm: sizes, places in the flat buffers, and the tensors of its activations."""
 
-    def __init__(self, net, name, before, batch_size, processors, few, device):
+    def __init__(self, net, name, before, batch_size, sm_count, small_batch, device):
         self.name, self.before, self.side = name, before, SIDES[name]
         block = net.get_submodule(name)
         norm = self.norm = block.norm
-        self.real = block.conv.out_channels
-        self.channels = padded(self.real)
-        self.real_in = before.real if before else 3
-        self.channels_in = before.channels if before else 4
+        self.channels = block.conv.out_channels
+        self.padded_channels = padded(self.channels)
+        self.channels_in = before.channels if before else 3
+        self.padded_channels_in = before.padded_channels if before else 4
         self.pool = {"C2": 2, "C6": 2, "C10": 8}.get(name, 1)  # of its output
         self.pooled_by_image = not isinstance(norm, nn.BatchNorm2d)
         self.group, self.eps, pixels = 0, 0.0, self.side**2
@@ -804,44 +804,49 @@ class Layer:
         if isinstance(norm, nn.BatchNorm2d):
             self.group, self.eps, self.count = 1, norm.eps, float(batch_size * pixels)
         elif isinstance(norm, nn.GroupNorm):
-            self.group, self.eps = self.real // norm.num_groups, norm.eps
+            self.group, self.eps = self.channels // norm.num_groups, norm.eps
             self.count = float(self.group * pixels)
-        self.forward, self.backward = (TILES[f"{AS.get(name, name)} {way}"][few] for way in ("forward", "backward"))
-        self.programs = min(batch_size, self.backward.programs * processors)
+        tiled = SAME_TILES.get(name, name)
+        self.forward_tile = TILES[f"{tiled} forward"][small_batch]
+        self.backward_tile = TILES[f"{tiled} backward"][small_batch]
+        self.programs = min(batch_size, self.backward_tile.programs * sm_count)
 
         def empty(*shape, dtype=torch.float16):
             return torch.empty(shape, dtype=dtype, device=device)
 
-        self.x = empty(batch_size, self.side, self.side, self.channels)
-        self.dy = empty(batch_size, self.side // self.pool, self.side // self.pool, self.channels)
-        self.sums, self.t_sums, self.moments = (empty(2, batch_size, self.channels, dtype=torch.float32) for _ in "123")
+        self.x = empty(batch_size, self.side, self.side, self.padded_channels)
+        self.dy = empty(batch_size, self.side // self.pool, self.side // self.pool, self.padded_channels)
+        row = self.padded_channels
+        self.sums, self.t_sums, self.mean_rstd = (empty(2, batch_size, row, dtype=torch.float32) for _ in "123")
         self.rows = batch_size if self.pooled_by_image else 1
         if self.pooled_by_image:
             self.pooled_sums, self.pooled_t_sums = self.sums, self.t_sums
         else:
-            self.pooled_sums, self.pooled_t_sums = (empty(2, 1, self.channels, dtype=torch.float32) for _ in range(2))
+            self.pooled_sums, self.pooled_t_sums = (empty(2, 1, row, dtype=torch.float32) for _ in "12")
         self.arrived = torch.zeros(8, dtype=torch.int32, device=device)  # forward from 0 on, backward from 4 on
 
     def forward_places(self):
         """Output channel, row, column and input channel of each forward weight (taps, CI, CO), nine taps or more."""
-        k = torch.arange((8 + self.forward.taps) // self.forward.taps * self.forward.taps * self.channels_in)[:, None]
-        tap = k // self.channels_in
-        return torch.arange(self.channels)[None], tap // 3, tap % 3, k % self.channels_in
+        taps = self.forward_tile.taps
+        k = torch.arange((8 + taps) // taps * taps * self.padded_channels_in)[:, None]
+        tap = k // self.padded_channels_in
+        return torch.arange(self.padded_channels)[None], tap // 3, tap % 3, k % self.padded_channels_in
 
     def backward_places(self):
         """The same for the turned weights (taps, CO, CI) and their gradient, and for the gradient of C1's."""
         if not self.before:
             k = torch.arange(64)[:, None]
-            return torch.arange(self.channels)[None], k // 4 // 3, k // 4 % 3, k % 4
-        k = torch.arange((8 + self.backward.taps) // self.backward.taps * self.backward.taps * self.channels)[:, None]
-        tap = 8 - k // self.channels
-        return k % self.channels, tap // 3, tap % 3, torch.arange(self.channels_in)[None]
+            return torch.arange(self.padded_channels)[None], k // 4 // 3, k // 4 % 3, k % 4
+        taps = self.backward_tile.taps
+        k = torch.arange((8 + taps) // taps * taps * self.padded_channels)[:, None]
+        tap = 8 - k // self.padded_channels
+        return k % self.padded_channels, tap // 3, tap % 3, torch.arange(self.padded_channels_in)[None]
 
     def places(self, indices, inputs):
         """Places in a weight (out, 3, 3, inputs) that lies flat, -1 for what pads: int64 of the indices' shape."""
         out, row, column, channel = torch.broadcast_tensors(*indices)
-        there = (out < self.real) & (row >= 0) & (row < 3) & (channel < self.real_in)
-        return torch.where(there, ((out * 3 + row) * 3 + column) * inputs + channel, -1)
+        inside = (out < self.channels) & (row >= 0) & (row < 3) & (channel < self.channels_in)
+        return torch.where(inside, ((out * 3 + row) * 3 + column) * inputs + channel, -1)
 
 
 class FusedNet:
@@ -852,11 +857,12 @@ class FusedNet:
     images, labels   (all, 32, 32, 3) uint8 and (all,) int64, on the GPU
     augment          "none", "flip" or "flip+crop": whether shift and flip are looked at
     diverged         float32 scalar tensor, a new one by default
-    loss_scale       a power of two by which the loss is multiplied within, so that float16 holds its gradients; by
-                     default about 1024 to an image
+
+    The loss is multiplied within by `loss_scale`, a power of two, about 1024 to an image, so that float16 holds its
+    gradients.
 
     A call takes chosen (B,) int64, and shift (B, 2) int64 and flip (B,) bool as `crop_and_flip` does, and returns the
-    mean loss and the share of right answers, float32 tensors that the next call overwrites. It fills .grad in place,
+    mean loss and the accuracy, 0 to 1, float32 tensors that the next call overwrites. It fills .grad in place,
     already divided by loss_scale, and sets `diverged` to 1 where a gradient is not finite. All of it can be captured
     in a CUDA graph. Any optimizer may follow.
 
@@ -864,9 +870,7 @@ class FusedNet:
     that a weight can be computed from another one: `detach(name)`.
     """
 
-    def __init__(
-        self, net, images, labels, batch_size, augment="none", diverged=None, label_smoothing=0.1, loss_scale=None
-    ):
+    def __init__(self, net, images, labels, batch_size, augment="none", diverged=None, label_smoothing=0.1):
         reason = reason_against(net)
         if reason:
             raise ValueError(f"no fused step for this net: {reason}")
@@ -874,37 +878,36 @@ class FusedNet:
         self.net, self.images, self.labels = net, images, labels
         self.triton_version = triton.__version__
         self.batch_size, self.augment = batch_size, augment != "none"
-        self.loss_scale = loss_scale or 2.0 ** int(math.log2(1024 * batch_size))
+        self.loss_scale = 2.0 ** int(math.log2(1024 * batch_size))
         self.label_smoothing = label_smoothing
-        processors, roomy = 2, True
+        sm_count, large_shared_memory = 2, True
         if device.type == "cuda":
             properties = torch.cuda.get_device_properties(device)
-            processors = properties.multi_processor_count
-            roomy = (
-                properties.shared_memory_per_block_optin >= 200_000
-            )  # bytes: the tiles for small batches need 170,000
+            sm_count = properties.multi_processor_count
+            # The tiles for small batches need 170,000 bytes.
+            large_shared_memory = properties.shared_memory_per_block_optin >= 200_000
         self.colors = torch.zeros(2, 4, device=device)
         self.colors[1] = 1
         self.colors[:, :3] = 255 * torch.stack([models.MEAN.flatten(), models.STD.flatten()]).to(device)
         self.layers, before = [], None
-        self.few = batch_size < 2 * processors
+        self.small_batch = batch_size < 2 * sm_count
         for name in SIDES:
-            before = Layer(net, name, before, batch_size, processors, self.few and roomy, device)
+            before = Layer(net, name, before, batch_size, sm_count, self.small_batch and large_shared_memory, device)
             self.layers.append(before)
         self.flatten_parameters(device)
         self.make_activations(device)
         self.plan_weights(device)
-        self.plan_gradients(min(batch_size, 4 * processors), device)
+        self.plan_gradients(min(batch_size, 4 * sm_count), device)
         self.diverged = torch.zeros((), device=device) if diverged is None else diverged
         self.plan_statistics(device)
         self.side = None
-        if device.type == "cuda" and not self.few:  # else, the time to part and to join is longer
+        if device.type == "cuda" and not self.small_batch:  # else, the time to part and to join is longer
             self.side = fast.cuda_stream(device, "side")
 
     def other_norms(self):
         """Yield the launches of a step for each of the three published norms, for `compile_all`."""
         for norm in ("batch", "layer", "group"):
-            groups = 1 if any(layer.real % 4 for layer in self.layers) else 4
+            groups = 1 if any(layer.channels % 4 for layer in self.layers) else 4
             with torch.random.fork_rng(devices=[]):
                 net = models.Net(norm, groups, self.net.widths, self.classes).to(self.images.device)
             augment = "flip" if self.augment else "none"
@@ -918,26 +921,21 @@ class FusedNet:
         for name, parameter in named.items():
             self.offsets[name] = self.size
             self.size += parameter.numel()
-        products = sum(layer.real * 9 * layer.real_in for layer in self.layers if layer.name in INNER)
+        composed = [layer for layer in self.layers if layer.name in POINTWISE_BEFORE]
+        products = sum(layer.channels * 9 * layer.channels_in for layer in composed)
         self.values = torch.zeros(self.size, device=device)
         size = -(-(self.size + products) // 4) * 4  # 16 bytes, at which Triton reads faster
         self.totals = torch.zeros(size + 2, device=device)
         self.weights, self.gradients = (
-            {n: self.view(buffer, n, p) for n, p in named.items()} for buffer in (self.values, self.totals)
+            dict(zip(named, split_like(buffer[: self.size], named.values()), strict=True))
+            for buffer in (self.values, self.totals)
         )
         for name, parameter in named.items():
             self.weights[name].copy_(parameter.detach())
             parameter.data = self.weights[name]
             parameter.grad = self.gradients[name]
         self.metrics = self.totals[-2:]
-        self.loss, self.share = self.metrics
-
-    def view(self, buffer, name, parameter):
-        part = buffer[self.offsets[name] :][: parameter.numel()]
-        if parameter.ndim < 4:
-            return part.view(parameter.shape)
-        out, channels, height, width = parameter.shape
-        return part.view(out, height, width, channels).permute(0, 3, 1, 2)
+        self.loss, self.accuracy = self.metrics
 
     def detach(self, name):
         """Give parameter `name` memory and a gradient of its own again; who calls this fills weights[name] from it."""
@@ -961,12 +959,12 @@ class FusedNet:
         for layer in self.layers:
             side, images = layer.side, self.batch_size
             lasts = not layer.before or layer.before.pool > 1  # read in the backward pass, too
-            key = layer.name if lasts else (side, layer.channels_in)
-            layer.y = bordered(key, images, side, layer.channels_in)
+            key = layer.name if lasts else (side, layer.padded_channels_in)
+            layer.y = bordered(key, images, side, layer.padded_channels_in)
             if layer.before:
                 images = max(other.programs for other in self.layers if other.side == side)
-                key = "dx", side, layer.channels
-                layer.dx = bordered(key, images, side, layer.channels)
+                key = "dx", side, layer.padded_channels
+                layer.dx = bordered(key, images, side, layer.padded_channels)
 
     def plan_weights(self, device):
         """Tables for `compose_weights`: where each float16 weight comes from."""
@@ -977,24 +975,24 @@ class FusedNet:
             if layer.before:
                 plans["backward"] = layer.backward_places()
             for direction, indices in plans.items():
-                inner = INNER.get(layer.name)
+                inner = POINTWISE_BEFORE.get(layer.name)
                 if inner:
                     middle = self.net.get_submodule(inner).out_channels
-                    product = layer.places(indices, layer.real_in).flatten()
-                    source = torch.where(product < 0, -1, outer + product // layer.real_in * middle)
-                    other = self.offsets[f"{inner}.weight"] + product % layer.real_in
+                    product = layer.places(indices, layer.channels_in).flatten()
+                    source = torch.where(product < 0, -1, outer + product // layer.channels_in * middle)
+                    other = self.offsets[f"{inner}.weight"] + product % layer.channels_in
                 else:
                     middle = 0
-                    source = layer.places(indices, layer.real_in).flatten()
+                    source = layer.places(indices, layer.channels_in).flatten()
                     source, other = torch.where(source < 0, -1, outer + source), torch.zeros_like(source)
-                fill = -len(source) % PIECE
+                fill = -len(source) % COMPOSE_BLOCK
                 self.places[layer.name, direction] = size, len(source)
                 size += len(source) + fill
                 sources.append(nn.functional.pad(source, (0, fill), value=-1))
                 others.append(nn.functional.pad(other, (0, fill)))
-                blocks = (len(source) + fill) // PIECE
+                blocks = (len(source) + fill) // COMPOSE_BLOCK
                 terms += [middle] * blocks
-                strides += [layer.real_in] * blocks
+                strides += [layer.channels_in] * blocks
         self.weight_tables = [torch.cat(part).int().to(device) for part in (sources, others)]
         self.weight_tables += [torch.tensor(part, dtype=torch.int32, device=device) for part in (terms, strides)]
         self.float16_weights = torch.zeros(size, dtype=torch.float16, device=device)
@@ -1006,32 +1004,32 @@ class FusedNet:
         self.head_programs = head_programs
 
         def add(name, target, programs):
-            target = nn.functional.pad(target, (0, -len(target) % PART), value=-1)
+            target = nn.functional.pad(target, (0, -len(target) % REDUCE_BLOCK), value=-1)
             self.parts[name] = size, len(target)
-            for number, part in enumerate(target.split(PART)):
+            for number, part in enumerate(target.split(REDUCE_BLOCK)):
                 if (part >= 0).any():
                     last = int(name in ("C1", "C2"))
                     targets[last].append(part)
-                    programs_of[last].append((size + number * PART, programs, len(target)))
+                    programs_of[last].append((size + number * REDUCE_BLOCK, programs, len(target)))
             return size + programs * len(target)
 
         for layer in self.layers:
-            places = layer.places(layer.backward_places(), layer.real_in).flatten()
+            places = layer.places(layer.backward_places(), layer.channels_in).flatten()
             target = self.offsets[f"{layer.name}.conv.weight"]
-            inner = INNER.get(layer.name)
+            inner = POINTWISE_BEFORE.get(layer.name)
             if inner:
                 middle = self.net.get_submodule(inner).out_channels
-                outputs = layer.real * 9
-                pairs.append([product, target, self.offsets[f"{inner}.weight"], outputs, middle, layer.real_in])
-                target, product = product, product + outputs * layer.real_in
-            channel = torch.arange(layer.channels)
-            norm = [torch.where(channel < layer.real, at + channel, -1) for at in self.norm_at(layer)]
+                outputs = layer.channels * 9
+                pairs.append([product, target, self.offsets[f"{inner}.weight"], outputs, middle, layer.channels_in])
+                target, product = product, product + outputs * layer.channels_in
+            channel = torch.arange(layer.padded_channels)
+            norm = [torch.where(channel < layer.channels, offset + channel, -1) for offset in self.norm_offsets(layer)]
             size = add(layer.name, torch.cat([torch.where(places < 0, -1, target + places), *norm]), layer.programs)
         last, classes = self.layers[-1], self.net.c11.out_channels
         self.classes, self.padded_classes = classes, padded(classes)
-        label, channel = torch.arange(self.padded_classes)[:, None], torch.arange(last.channels)
-        weight = self.offsets["c11.weight"] + label * last.real + channel
-        weight = torch.where((label < classes) & (channel < last.real), weight, -1)
+        label, channel = torch.arange(self.padded_classes)[:, None], torch.arange(last.padded_channels)
+        weight = self.offsets["c11.weight"] + label * last.channels + channel
+        weight = torch.where((label < classes) & (channel < last.channels), weight, -1)
         bias = torch.where(label < classes, self.offsets["c11.bias"] + label, -1)
         metrics = len(self.totals) - 2 + torch.arange(2)
         size = add("head", torch.cat([weight.flatten(), bias.flatten(), metrics]), head_programs)
@@ -1053,33 +1051,33 @@ class FusedNet:
         self.tracked = None
         if not layers:
             return
-        size = triton.next_power_of_2(sum(layer.real for layer in layers))
-        self.pooled = torch.zeros(sum(2 * layer.channels for layer in layers), device=device)
+        size = triton.next_power_of_2(sum(layer.channels for layer in layers))
+        self.pooled = torch.zeros(sum(2 * layer.padded_channels for layer in layers), device=device)
         running, batches = (
             torch.zeros(2, size, device=device),
             torch.zeros(len(layers), dtype=torch.int64, device=device),
         )
         sources, squares, counts, momenta, start = [], [], [], [], 0
         for number, layer in enumerate(layers):
-            layer.pooled_sums = self.pooled[start : start + 2 * layer.channels].view(2, 1, -1)
-            own = slice(len(sources), len(sources) + layer.real)
+            layer.pooled_sums = self.pooled[start : start + 2 * layer.padded_channels].view(2, 1, -1)
+            own = slice(len(sources), len(sources) + layer.channels)
             for part, name in zip(running, ("running_mean", "running_var"), strict=True):
                 part[own] = getattr(layer.norm, name)
                 setattr(layer.norm, name, part[own])
             batches[number] = layer.norm.num_batches_tracked
             layer.norm.num_batches_tracked = batches[number]
-            sources += range(start, start + layer.real)
-            squares += range(start + layer.channels, start + layer.channels + layer.real)
-            counts += [layer.count] * layer.real
-            momenta += [layer.norm.momentum] * layer.real
-            start += 2 * layer.channels
+            sources += range(start, start + layer.channels)
+            squares += range(start + layer.padded_channels, start + layer.padded_channels + layer.channels)
+            counts += [layer.count] * layer.channels
+            momenta += [layer.norm.momentum] * layer.channels
+            start += 2 * layer.padded_channels
         fill = size - len(sources)
         tables = [torch.tensor(part + [-1] * fill, dtype=torch.int32, device=device) for part in (sources, squares)]
         tables += [torch.tensor(part + [1.0] * fill, device=device) for part in (counts, momenta)]
         options = {"CHANNELS": size, "LAYERS": triton.next_power_of_2(len(layers)), "num_warps": 4}
         self.tracked = (self.pooled, *tables, *running, batches, len(layers)), options
 
-    def norm_at(self, layer):
+    def norm_offsets(self, layer):
         """Where the weight and the bias of the layer's norm are in `values`."""
         return [self.offsets[f"{layer.name}.norm.{name}"] for name in ("weight", "bias")]
 
@@ -1090,8 +1088,7 @@ class FusedNet:
 
     def resources(self, tile):
         """A kernel's resources, as Triton takes them."""
-        own = {"num_warps": tile.warps, "num_stages": 1}
-        return own | ({"maxnreg": tile.registers} if tile.registers else {})
+        return {"num_warps": tile.warps, "num_stages": 1}
 
     def weights_for(self, layer, direction):
         start, length = self.places[layer.name, direction]
@@ -1102,56 +1099,56 @@ class FusedNet:
         n, first, last = self.batch_size, self.layers[0], self.layers[-1]
         yield (
             "compose weights", compose_weights, (len(self.weight_tables[2]),),
-            (self.values, *self.weight_tables, self.float16_weights), {"BLOCK": PIECE, "num_warps": 2},
+            (self.values, *self.weight_tables, self.float16_weights), {"BLOCK": COMPOSE_BLOCK, "num_warps": 2},
         )  # fmt: skip
         for layer in self.layers:
             weights = self.weights_for(layer, "forward")
-            tile = layer.forward
-            options = {"CO": layer.channels, "TAPS": tile.taps, "TILE": tile.pixels} | self.resources(tile)
-            options["ADD"] = self.few and not layer.pooled_by_image
+            tile = layer.forward_tile
+            options = {"CO": layer.padded_channels, "TAPS": tile.taps, "TILE": tile.pixels} | self.resources(tile)
+            options["ADD"] = self.small_batch and not layer.pooled_by_image
             results = layer.sums, layer.pooled_sums, layer.arrived
             if layer is first:
                 arguments = (self.images, chosen, shift, flip, self.colors, layer.y, weights, layer.x, *results, n)
                 yield "C1 forward", forward_first, (n,), arguments, options | {"AUGMENT": self.augment}
             else:
                 before = layer.before
-                options |= {"H": layer.side, "GROUP": before.group, "REAL": before.real, "CI": before.channels}
-                options |= {"POOL": before.pool, "FILL": tile.fill}
+                options |= {"H": layer.side, "GROUP": before.group, "REAL": before.channels}
+                options |= {"CI": before.padded_channels, "POOL": before.pool, "FILL": tile.fill}
                 arguments = (
                     before.x, before.pooled_sums, before.rows, before.count, before.eps, self.values,
-                    *self.norm_at(before), before.moments, layer.y, weights, layer.x, *results, n,
+                    *self.norm_offsets(before), before.mean_rstd, layer.y, weights, layer.x, *results, n,
                 )  # fmt: skip
                 yield f"{layer.name} forward", forward_layer, (n,), arguments, options
-            if not self.few and not layer.pooled_by_image:
+            if not self.small_batch and not layer.pooled_by_image:
                 yield self.add_images(layer, layer.sums, layer.pooled_sums)
         yield (
             "head", head, (self.head_programs,),
-            (last.x, last.pooled_sums, last.rows, last.count, last.eps, self.values, *self.norm_at(last), last.moments,
-             self.offsets["c11.weight"], self.offsets["c11.bias"], self.labels, chosen, last.dy, *self.t_results(last),
-             *self.part("head"), n, self.loss_scale, self.label_smoothing),
-            {"PIXELS": last.side**2, "GROUP": last.group, "REAL": last.real, "CHANNELS": last.channels,
-             "CLASSES": self.classes, "PADDED": self.padded_classes, "ADD": self.few and not last.pooled_by_image,
-             "num_warps": 4},
+            (last.x, last.pooled_sums, last.rows, last.count, last.eps, self.values, *self.norm_offsets(last),
+             last.mean_rstd, self.offsets["c11.weight"], self.offsets["c11.bias"], self.labels, chosen, last.dy,
+             *self.t_results(last), *self.part("head"), n, self.loss_scale, self.label_smoothing),
+            {"PIXELS": last.side**2, "GROUP": last.group, "REAL": last.channels, "CHANNELS": last.padded_channels,
+             "CLASSES": self.classes, "PADDED": self.padded_classes,
+             "ADD": self.small_batch and not last.pooled_by_image, "num_warps": 4},
         )  # fmt: skip
         for layer in reversed(self.layers):
-            if not self.few and not layer.pooled_by_image:
+            if not self.small_batch and not layer.pooled_by_image:
                 yield self.add_images(layer, *self.t_results(layer)[:2])
-            arguments = [self.values, layer.dy, layer.x, layer.moments, layer.pooled_t_sums, layer.rows, layer.count]
-            arguments += self.norm_at(layer)
-            tile = layer.backward
-            options = {"GROUP": layer.group, "REAL": layer.real, "CO": layer.channels, "TILE": tile.pixels}
+            arguments = [self.values, layer.dy, layer.x, layer.mean_rstd, layer.pooled_t_sums, layer.rows, layer.count]
+            arguments += self.norm_offsets(layer)
+            tile = layer.backward_tile
+            options = {"GROUP": layer.group, "REAL": layer.channels, "CO": layer.padded_channels, "TILE": tile.pixels}
             options |= self.resources(tile)
             if layer is first:
                 arguments += [layer.y, *self.part(layer.name), n]
                 yield "C1 backward", backward_first, (layer.programs,), arguments, options
                 break
             before = layer.before
-            arguments += [before.x, before.moments, *self.norm_at(before), layer.y]
+            arguments += [before.x, before.mean_rstd, *self.norm_offsets(before), layer.y]
             arguments += [self.weights_for(layer, "backward"), layer.dx, before.dy, *self.t_results(before)]
             arguments += [*self.part(layer.name), n]
-            options |= {"H": layer.side, "POOL": layer.pool, "REAL_BEFORE": before.real, "CI": before.channels}
-            options |= {"POOL_BEFORE": before.pool, "TAPS": tile.taps, "FILL": tile.fill}
-            options["ADD"] = self.few and not before.pooled_by_image
+            options |= {"H": layer.side, "POOL": layer.pool, "REAL_BEFORE": before.channels}
+            options |= {"CI": before.padded_channels, "POOL_BEFORE": before.pool, "TAPS": tile.taps, "FILL": tile.fill}
+            options["ADD"] = self.small_batch and not before.pooled_by_image
             yield f"{layer.name} backward", backward_layer, (layer.programs,), arguments, options
             if layer.name == "C4":
                 yield self.add_partials("add most partials", self.gradient_tables[0])
@@ -1165,16 +1162,16 @@ class FusedNet:
         yield self.add_partials("add last partials", self.gradient_tables[1])
 
     def add_images(self, layer, sums, pooled):
-        options = {"CHANNELS": layer.channels, "BLOCK": 8, "CHUNK": 512, "num_warps": 8}
+        options = {"CHANNELS": layer.padded_channels, "BLOCK": 8, "CHUNK": 512, "num_warps": 8}
         arguments = sums, pooled, self.batch_size
-        return f"{layer.name} add images", add_images, (layer.channels // 8,), arguments, options
+        return f"{layer.name} add images", add_images, (layer.padded_channels // 8,), arguments, options
 
     def t_results(self, layer):
         return layer.t_sums, layer.pooled_t_sums, layer.arrived[4:]
 
     def add_partials(self, name, tables):
         arguments = (self.partials, *tables, 1 / self.loss_scale, self.totals, self.diverged)
-        return name, add_partials, (len(tables[0]),), arguments, {"BLOCK": PART, "CHUNK": 128, "num_warps": 4}
+        return name, add_partials, (len(tables[0]),), arguments, {"BLOCK": REDUCE_BLOCK, "CHUNK": 128, "num_warps": 4}
 
     def __call__(self, chosen, shift, flip):
         for name, kernel, grid, arguments, options in self.launches(chosen, shift, flip):
@@ -1186,18 +1183,18 @@ class FusedNet:
                 self.side.wait_stream(current)
             if name == "add last partials":
                 current.wait_stream(self.side)
-            with torch.cuda.stream(self.side if name in ASIDE else current):
+            with torch.cuda.stream(self.side if name in SIDE_STREAM else current):
                 kernel[grid](*arguments, **options)
-        return self.loss, self.share
+        return self.loss, self.accuracy
 
 
-class Steps:
+class StepState:
     """What of a run's state changes from step to step, by one kernel before each step and one after it.
 
     order            (steps, B) int64: the images of each step of an epoch; shift (N, 2) int64 and flip (N,) bool of all
     learning_rates   (steps of the run,), of which `begin` writes the current one to lr
     counts           (2,) int64: step of the epoch, step of the run
-    metric_sums      (2,): sums of loss and share of right answers
+    metric_sums      (2,): sums of loss and accuracy, 0 to 1
     """
 
     def __init__(self, fused, order, shift, flip, learning_rates, counts, metric_sums, lr):
@@ -1239,10 +1236,10 @@ class MuonStep:
     optimizer  a Muon of models.param_groups(net), whose learning rate is a tensor on the GPU
     """
 
-    def __init__(self, fused, optimizer, steps=4):
-        self.fused, self.optimizer, self.steps = fused, optimizer, steps
+    def __init__(self, fused, optimizer):
+        self.fused, self.optimizer = fused, optimizer
         device = fused.values.device
-        places = {p: fused.offsets[name] for name, p in fused.net.named_parameters()}
+        offsets = {p: fused.offsets[name] for name, p in fused.net.named_parameters()}
         matrices, rest = optimizer.param_groups[0]["params"], optimizer.param_groups[1]["params"]
 
         def integers(values):
@@ -1252,9 +1249,9 @@ class MuonStep:
         starts = [0]
         for m, n in sizes:
             starts.append(starts[-1] + m * n)
-        self.tables = [integers([places[p] for p in matrices]), integers(starts[:-1])]
+        self.tables = [integers([offsets[p] for p in matrices]), integers(starts[:-1])]
         self.tables += [integers(part) for part in zip(*sizes, strict=True)]
-        self.rest = torch.cat([places[p] + torch.arange(p.numel(), dtype=torch.int32) for p in rest]).to(device)
+        self.rest = torch.cat([offsets[p] + torch.arange(p.numel(), dtype=torch.int32) for p in rest]).to(device)
         self.rows, self.columns = (padded(max(part)) for part in zip(*sizes, strict=True))
 
     def launch(self):
@@ -1273,7 +1270,7 @@ class MuonStep:
             fused.diverged,
         )
         arguments += (group["weight_decay"], group["momentum"], self.optimizer.rest_lr, count, len(self.rest))
-        options = {"STEPS": self.steps, "ROWS": self.rows, "COLUMNS": self.columns, "BLOCK": block, "num_warps": 8}
+        options = {"STEPS": 4, "ROWS": self.rows, "COLUMNS": self.columns, "BLOCK": block, "num_warps": 8}
         return "Muon", muon_step, (count + -(-len(self.rest) // block),), arguments, options
 
     def __call__(self):
@@ -1286,7 +1283,7 @@ class MuonStep:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Target:
+class OfflineDriver:
     """Stands for Triton's driver in a process that compiles for a GPU and must not touch it."""
 
     def __init__(self, target):
@@ -1305,7 +1302,7 @@ class Target:
 def compile_launch(job):
     """Compile one kernel into Triton's cache on disk; for a process of its own."""
     kernel, arguments, options, target = job
-    triton.runtime.driver.set_active(Target(target))
+    triton.runtime.driver.set_active(OfflineDriver(target))
     compiled = globals()[kernel].warmup(*arguments, grid=(1,), **options)
     with contextlib.suppress(ImportError, AttributeError):  # up to Triton 3.7, a C program launches each kind of kernel
         from triton.backends.nvidia.driver import CudaLauncher

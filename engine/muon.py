@@ -40,7 +40,7 @@ class Muon(torch.optim.Optimizer):
     params        parameter groups of `models.param_groups`. A convolution (out, in, k, k) counts as an (out, in k k)
                   matrix; its weight decay is decoupled: a share lr * weight_decay of the weight goes in each step.
     lr            learning rate: a float, or a tensor on the parameters' device, which can change inside a CUDA graph
-    rest_lr       the other groups step with rest_lr * lr and do not decay
+    rest_lr       a multiplier: the other groups step with rest_lr * lr and do not decay
     dtype         type in which the Newton-Schulz iteration computes
     direction     what makes the step of a stack (K, m, n) from its momentum: newton_schulz, or another norm of the step
 
@@ -53,14 +53,14 @@ class Muon(torch.optim.Optimizer):
         self, params, lr=0.03, momentum=0.95, weight_decay=0.0, rest_lr=10, dtype=torch.float32, direction=newton_schulz
     ):
         self.rest_lr, self.dtype, self.direction, self.found_inf = rest_lr, dtype, direction, None
-        self.flat = []  # per group: the momentum of all its parameters in one row, and their places in the stack
+        self.flat = []  # per group: the momentum of all its parameters in one row; for matrices, a stack and indices
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "use_muon": False})
 
     def add_param_group(self, param_group):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         params, device = group["params"], group["params"][0].device
-        stack = None
+        padded = None
         if group["use_muon"]:
             wrong = [tuple(p.shape) for p in params if p.ndim != 4]
             if wrong:
@@ -68,10 +68,10 @@ class Muon(torch.optim.Optimizer):
             rows, columns = max(len(p) for p in params), max(p[0].numel() for p in params)
             stack = torch.zeros(len(params), rows, columns, device=device)
             numbers = torch.arange(stack.numel(), device=device).view_as(stack)
-            places = [part[: len(p), : p[0].numel()].flatten() for part, p in zip(numbers, params, strict=True)]
-            stack = stack, torch.cat(places)
+            indices = [part[: len(p), : p[0].numel()].flatten() for part, p in zip(numbers, params, strict=True)]
+            padded = stack, torch.cat(indices)
         momentum = torch.zeros(sum(p.numel() for p in params), device=device)
-        self.flat.append((momentum, stack))
+        self.flat.append((momentum, padded))
         for p, buffer in zip(params, split_like(momentum, params), strict=True):
             self.state[p]["momentum_buffer"] = buffer
 
@@ -88,17 +88,17 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group, (momentum, stack) in zip(self.param_groups, self.flat, strict=True):
+        for group, (momentum, padded) in zip(self.param_groups, self.flat, strict=True):
             params, lr = group["params"], group["lr"]
             if self.found_inf is not None:
                 lr = lr * (self.found_inf == 0)
             update = torch.cat([flatten(p.grad) for p in params])
             momentum.mul_(group["momentum"]).add_(update)
             update.add_(momentum, alpha=group["momentum"])
-            if stack:
-                stack, places = stack
-                stack.view(-1)[places] = update
-                update.copy_(self.direction(stack, self.dtype).view(-1)[places])
+            if padded:
+                stack, indices = padded
+                stack.view(-1)[indices] = update
+                update.copy_(self.direction(stack, self.dtype).view(-1)[indices])
                 torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
             else:
                 update.mul_(self.rest_lr)

@@ -29,8 +29,8 @@ COMPUTING = ("models", "engine/data", "engine/muon", "engine/trainer", "engine/f
 CODE = [path.read_bytes() for name in COMPUTING if (path := ROOT / f"{name}.py").exists()]
 HISTORY = ("epoch", "loss", "train_accuracy", "test_accuracy", "learning_rate", "seconds", "elapsed")  # of each epoch
 # The columns of results/runs.csv that a run measures or notes; all others are its settings and tell rows apart.
-MEASURED = {"parameters", "train_accuracy", "test_accuracy", "validation_accuracy", "test_loss", "seconds", "device"}
-MEASURED |= {"torch", "commit", "status", "precision", "step"}
+NON_KEY_COLUMNS = {"parameters", "train_accuracy", "test_accuracy", "validation_accuracy", "test_loss", "seconds"}
+NON_KEY_COLUMNS |= {"device", "torch", "commit", "status", "precision", "step"}
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")  # of a module
 PLAIN = bool | int | float | complex | str | bytes | torch.dtype | slice | types.NoneType
 _commit = None  # see set_commit
@@ -39,8 +39,8 @@ _commit = None  # see set_commit
 def upsert(path, rows, key=None):
     """Upsert rows, dicts or a DataFrame, into a CSV file: they replace those there with the same key.
 
-    key  columns that every new row has, by default all but MEASURED. An old row without one counts as having "" there.
-         A dict, {column: value}, replaces the old rows that have these values, even by none
+    key  columns that every new row has, by default all but NON_KEY_COLUMNS. An old row without one counts as having ""
+         there. A dict, {column: value}, replaces the old rows that have these values, even by none
 
     Values are written as given, so round floats first; None and nan as "". Several processes may write at a time.
     """
@@ -57,7 +57,7 @@ def upsert(path, rows, key=None):
         columns = list(dict.fromkeys([*header, *(name for row in new for name in row)]))
         unique = key is None  # a key that is named may be that of many rows
         named = [{name: _text(value) for name, value in key.items()}] if isinstance(key, dict) else []
-        key = list(key or [name for name in columns if name not in MEASURED]) or ["seed"]
+        key = list(key or [name for name in columns if name not in NON_KEY_COLUMNS]) or ["seed"]
         for name in (name for row in new for name in key if name not in row):
             raise ValueError(f"{path}: a new row has no {name!r}, which tells rows apart; give it a value")
         replaced = {_key_of(row, key) for row in new + named}
@@ -87,7 +87,7 @@ def check_writable(path, columns=()):
     files.check_writable(path)
     if (content := read_bytes(path)) is not None:
         header = _table(path, content)[0]
-        for name in set(header) - {*columns, *MEASURED} if columns else ():
+        for name in set(header) - {*columns, *NON_KEY_COLUMNS} if columns else ():
             raise ValueError(f"{path} has a column {name!r}, which tells rows apart and new rows lack; delete it")
 
 
@@ -167,7 +167,7 @@ def statistics_columns(norm, groups, batch_size):
 
 def mixed_settings(rows):
     """List the columns of settings, without the seed, in which rows of results/runs.csv of one net differ."""
-    settings = rows.columns.difference(MEASURED | {"seed", "net"}, sort=False)
+    settings = rows.columns.difference(NON_KEY_COLUMNS | {"seed", "net"}, sort=False)
     return [name for name in settings if rows.groupby("net")[name].nunique(dropna=False).max() > 1]
 
 
@@ -431,20 +431,23 @@ def set_commit(text):
     code_commit.cache_clear()
 
 
+def git(folder, *arguments):
+    """Return what a git command prints in a folder; OSError or CalledProcessError where it fails."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # of a hook
+    command = ["git", "--no-optional-locks", "-C", folder, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=True)
+    return done.stdout.strip()
+
+
 @functools.cache  # what runs is what was there at the first run, whatever is written later
 def code_commit(default="unknown"):
     """Return the short hash of this repository's commit, with + when tracked code differs; else `default`."""
-
-    def git(*arguments):
-        command = ["git", "--no-optional-locks", "-C", ROOT, *arguments]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
-
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # of a hook
     try:
-        git("ls-files", "--error-unmatch", "models.py", "engine/records.py")  # fails for copies in another's repository
-        ours = Path(git("rev-parse", "--show-toplevel")).samefile(ROOT)
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
-        commit = git("rev-parse", "--short", "HEAD") + ("+" if changed else "") if ours else default
+        # Fails for copies in another's repository.
+        git(ROOT, "ls-files", "--error-unmatch", "models.py", "engine/records.py")
+        ours = Path(git(ROOT, "rev-parse", "--show-toplevel")).samefile(ROOT)
+        changed = git(ROOT, "status", "--porcelain", "--untracked-files=no", "--", "*.py")
+        commit = git(ROOT, "rev-parse", "--short", "HEAD") + ("+" if changed else "") if ours else default
     except (OSError, subprocess.CalledProcessError):
         commit = default
     return _commit or commit

@@ -120,7 +120,7 @@ class Trainer:
 
     Master weights are float32; a low-precision copy computes logits and gradients (Micikevicius et al. 2018,
     https://arxiv.org/abs/1710.03740). All state lives in tensors on the device, so nothing returns to the host within
-    an epoch. On CUDA one step is recorded as a graph and replayed, unless `capture` is False.
+    an epoch. On CUDA one step is captured as a graph and replayed, unless `capture` is False.
 
     fused    whether to take the step of engine.kernels, see `takes_fused_step`
     stream   number of the CUDA stream: nets that train at the same time need one each
@@ -136,9 +136,9 @@ class Trainer:
             raise TypeError(f"c11 is a {type(net.c11).__name__}; give a Conv2d, as in models.Net")
         device = data.images.device
         self.net, self.data, self.settings = net, data, settings
-        self.steps = len(data.images) // settings.batch_size  # of an epoch
+        self.steps_per_epoch = len(data.images) // settings.batch_size
         self.epochs_left = settings.epochs
-        if self.steps == 0:
+        if self.steps_per_epoch == 0:
             raise ValueError(f"batch_size is {settings.batch_size}; there are {len(data.images)} training images")
         if net.c11.out_channels < len(data.classes):
             raise ValueError(f"classes is {net.c11.out_channels}; {data.name} has {len(data.classes)}")
@@ -163,18 +163,18 @@ class Trainer:
             self.model = fast.low_precision_copy(net, self.dtype)
             pairs = zip(self.model.parameters(), net.parameters(), strict=True)
             self.copied = [(low, master) for low, master in pairs if low is not master]
-        steps = self.steps * settings.epochs
-        self.learning_rates = schedule(steps, settings.learning_rate, settings.warmup, device)
+        total_steps = self.steps_per_epoch * settings.epochs
+        self.learning_rates = schedule(total_steps, settings.learning_rate, settings.warmup, device)
         self.lr = self.learning_rates[0].clone()
         groups = models.param_groups(net, settings.weight_decay)
         self.optimizer = OPTIMIZERS[settings.optimizer](groups, self.lr, settings.momentum, self.dtype)
         self.generator = torch.Generator(device).manual_seed(settings.seed)
-        self.order = torch.zeros(self.steps, settings.batch_size, dtype=torch.int64, device=device)
+        self.order = torch.zeros(self.steps_per_epoch, settings.batch_size, dtype=torch.int64, device=device)
         self.shift = torch.zeros(len(data.images), 2, dtype=torch.int64, device=device)
         self.flip = torch.rand(len(data.images), generator=self.generator, device=device) < 0.5
         self.counts = torch.zeros(2, 1, dtype=torch.int64, device=device)
         self.epoch_step, self.global_step = self.counts
-        self.metric_sums = torch.zeros(2, device=device)  # over the epoch so far: loss, share of right answers
+        self.metric_sums = torch.zeros(2, device=device)  # over the epoch so far: loss, and accuracy from 0 to 1
         self.optimizer.found_inf = self.diverged
         self.unscale = torch.full((), 1 / LOSS_SCALE, device=device)
         self.stream = fast.cuda_stream(device, stream) if device.type == "cuda" else None
@@ -182,7 +182,7 @@ class Trainer:
         if self.fused:
             self.prepare_fused_step(kernels)
         # Without a graph None, since self.step here would keep this object alive.
-        self.recorded = self.capture() if self.stream and capture else None
+        self.captured_step = self.capture() if self.stream and capture else None
 
     def batch(self):
         """Return the current step's normalized images (B, 3, 32, 32) and labels (B,)."""
@@ -195,7 +195,7 @@ class Trainer:
     def prepare_fused_step(self, kernels):
         """Make what `step` calls where it is fused; on a GPU, compile the kernels."""
         state = self.order, self.shift, self.flip, self.learning_rates, self.counts.view(2), self.metric_sums, self.lr
-        self.fused_state = kernels.Steps(self.fused, *state)
+        self.fused_state = kernels.StepState(self.fused, *state)
         launches = [*self.fused.launches(*self.fused_state.batch), *self.fused_state.launches()]
         self.update = self.optimizer.step
         if isinstance(self.optimizer, Muon) and self.optimizer.direction is newton_schulz:
@@ -237,17 +237,17 @@ class Trainer:
             self.counts += 1 - self.diverged.long()  # stays at the first step that diverged
 
     def replay(self):
-        """Take one training step: replay the recorded one where there is one."""
-        (self.recorded or self.step)()
+        """Take one training step: replay the captured one where there is one."""
+        (self.captured_step or self.step)()
 
     def loss(self, images, labels):
-        """Return the mean loss and the share of right answers of a batch."""
+        """Return the mean loss and the accuracy, 0 to 1, of a batch."""
         logits = self.model(images).float()
         accuracy = (logits.detach().argmax(1) == labels).float().mean()
         return F.cross_entropy(logits, labels, label_smoothing=self.settings.label_smoothing), accuracy
 
     def capture(self):  # pragma: no cover - needs a GPU: tests/gpu
-        """Record `step` as a CUDA graph, restore all state, and return the graph's replay."""
+        """Capture `step` as a CUDA graph, restore all state, and return the graph's replay."""
         tensors = [*self.net.parameters(), *self.net.buffers(), *(low for low, _ in self.copied)]
         tensors += [self.counts, self.diverged]
         before = [tensor.detach().clone() for tensor in tensors]
@@ -255,13 +255,13 @@ class Trainer:
         device = self.stream.device  # not always the current one
         self.stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self.stream):
-            for _ in range(2):  # libraries set themselves up in their first calls, which can't be recorded
+            for _ in range(2):  # libraries set themselves up in their first calls, which can't be captured
                 self.step()
                 self.epoch_step.zero_()
                 self.global_step.zero_()
         torch.cuda.synchronize(device)
         collecting = gc.isenabled()
-        gc.disable()  # to free another net's graph now would end the recording
+        gc.disable()  # to free another net's graph now would end the capture
         try:
             with torch.cuda.graph(graph, stream=self.stream):
                 self.step()
@@ -301,7 +301,7 @@ class Trainer:
                 self.shift.copy_(shift)
             self.epoch_step.zero_()
             self.metric_sums.zero_()
-        for _ in range(self.steps):
+        for _ in range(self.steps_per_epoch):
             with self.on_stream():
                 self.replay()
             yield
@@ -310,7 +310,7 @@ class Trainer:
         """Return the epoch's mean training loss and accuracy (percent) so far; waits for the GPU."""
         if self.stream:
             self.stream.synchronize()
-        loss, accuracy = (self.metric_sums / self.steps).tolist()
+        loss, accuracy = (self.metric_sums / self.steps_per_epoch).tolist()
         return loss, 100 * accuracy
 
     def check_finite(self):
@@ -318,8 +318,9 @@ class Trainer:
         if self.diverged.item():
             step = self.global_step.item()
             raise FloatingPointError(
-                f"{self.net.norm} norm, seed {self.settings.seed}, diverged in epoch {step // self.steps + 1}, "
-                f"step {step % self.steps + 1} of {self.steps}, at a learning rate of "
+                f"{self.net.norm} norm, seed {self.settings.seed}, diverged in "
+                f"epoch {step // self.steps_per_epoch + 1}, step {step % self.steps_per_epoch + 1} of "
+                f"{self.steps_per_epoch}, at a learning rate of "
                 f"{self.learning_rates[step].item():.3g} (learning_rate is {self.settings.learning_rate}); "
                 "try a lower one"
             )
@@ -340,8 +341,8 @@ class Trainer:
     def load_state_dict(self, state):
         """Resume from a `state_dict` of the same net, data and settings."""
         self.net.load_state_dict(state["net"])
-        self.epochs_left = self.settings.epochs - int(state["global_step"]) // self.steps
-        # Written in place, since a recorded graph reads these very tensors.
+        self.epochs_left = self.settings.epochs - int(state["global_step"]) // self.steps_per_epoch
+        # Written in place, since a captured graph reads these very tensors.
         pairs = zip(self.optimizer.state_dict()["state"].values(), state["optimizer"].values(), strict=True)
         for own, saved in pairs:
             for name, tensor in own.items():

@@ -98,9 +98,9 @@ def tune(images, labels, norm="group"):
     for name, default in list(kernels.TILES.items()):
         tiles, best = list(dict.fromkeys(candidates(name))), []
         kernels.compile_all([launch_with(name, tile, 1)[1] for tile in tiles], progress=False)
-        for few, batch_size in enumerate((500, 125)):
+        for small_batch, batch_size in enumerate((500, 125)):
             found = {}
-            for tile in dict.fromkeys([default[few], *tiles]):
+            for tile in dict.fromkeys([default[small_batch], *tiles]):
                 try:
                     fused, (_, kernel, grid, arguments, options) = launch_with(name, tile, batch_size)
                     fused(*draw_batch(batch_size, images.device))
@@ -112,7 +112,7 @@ def tune(images, labels, norm="group"):
                 except Exception as error:  # it needs more than a multiprocessor has
                     print(f"  {name} {tuple(tile)}: {type(error).__name__}")
             best.append(min(found, key=found.get))
-            today = found.get(default[few], float("nan"))
+            today = found.get(default[small_batch], float("nan"))
             print(f"{name}, batch {batch_size}: {found[best[-1]]:.1f} us, now {today:.1f}", flush=True)
         kernels.TILES[name] = default
         print(f'    "{name}": ({", ".join("Tile" + str(tuple(tile)) for tile in best)}),', flush=True)

@@ -9,8 +9,8 @@ Needs CIFAR-10. An epoch is every training image once, forward, backward and upd
     plain-0, plain-4  torchvision's dataset, ToTensor and Normalize in a DataLoader with 0 or 4 workers, batch 128,
                       float32, SGD, loss and accuracy fetched in each step
     eager             the step in PyTorch, one kernel launched after another
-    captured          the same, recorded as a CUDA graph: utils.train(..., fused=False) on a GPU
-    fused             the step of engine.kernels, recorded as a CUDA graph: what utils.train does on a newer GPU
+    captured          the same, captured as a CUDA graph: utils.train(..., fused=False) on a GPU
+    fused             the step of engine.kernels, captured as a CUDA graph: what utils.train does on a newer GPU
     fused-125         the same at a batch size of 125
     captured-3, fused-3    three nets at once on one GPU, as experiments.run trains them: seconds per net and epoch
 
@@ -53,7 +53,7 @@ def settings_of(net, **changes):
     return Settings(**{"learning_rate": utils.LEARNING_RATES[net], **changes})
 
 
-class Plain:
+class PlainLoop:
     """The plain loop. `epoch` gives the seconds of an epoch, from `images` of the training images if not from all."""
 
     def __init__(self, name, device, workers, images, root=ROOT / "data"):
@@ -84,7 +84,7 @@ class Plain:
         return (time.perf_counter() - start) * len(self.loader) / self.steps
 
 
-class Fast:
+class TrainerLoop:
     """Time an epoch of `engine.trainer.Trainer` on one net, or on `at_once` of them in turn: seconds per net.
 
     setup_seconds is what came before the first epoch, peak_memory_mib the most GPU memory that it needed.
@@ -114,7 +114,7 @@ class Fast:
                 pass
         for trainer in self.trainers:
             trainer.means()  # waits for the device
-        return (time.perf_counter() - start) * trainer.steps / self.steps / len(self.trainers)
+        return (time.perf_counter() - start) * trainer.steps_per_epoch / self.steps / len(self.trainers)
 
 
 def step_bytes(net, batch_size, bytes_each=2):
@@ -249,9 +249,11 @@ def bench(data, epochs):
     rows, medians = [], {}
     for net in NETS:
         settings = {path: settings_of(net, batch_size=125) if "125" in path else settings_of(net) for path in ALL_PATHS}
-        loops = {path: Fast(net, data, settings[path], images, **options) for path, options in fast_paths.items()}
+        loops = {
+            path: TrainerLoop(net, data, settings[path], images, **options) for path, options in fast_paths.items()
+        }
         if net == "NetA" or device.type == "cpu":  # on a GPU all nets wait for the same loader: one tells it all
-            loops |= {"plain-4": Plain(net, device, 4, images), "plain-0": Plain(net, device, 0, images)}
+            loops |= {"plain-4": PlainLoop(net, device, 4, images), "plain-0": PlainLoop(net, device, 0, images)}
         seconds = {path: [] for path in loops}
         for _ in range(epochs):
             for path, loop in loops.items():
@@ -259,11 +261,11 @@ def bench(data, epochs):
         medians |= {path: statistics.median(values) for path, values in seconds.items()}
         for path, loop in loops.items():
             measured = {}
-            if isinstance(loop, Fast):
+            if isinstance(loop, TrainerLoop):
                 trainer, size = loop.trainers[0], settings[path].batch_size
                 fused = trainer.fused is not None
                 bytes_moved = fused_bytes(trainer.fused) if fused else step_bytes(utils.build(net, Settings()), size)
-                bytes_moved *= trainer.steps
+                bytes_moved *= trainer.steps_per_epoch
                 measured = {
                     "warmup_seconds": round(loop.setup_seconds, 2),
                     "peak_memory_mib": loop.peak_memory_mib,
@@ -293,11 +295,11 @@ def scale(data, epochs):
     for net, (size, width, images) in itertools.product(("NetA", "NetC"), cases):
         some = replace(data, images=data.images[:images], labels=data.labels[:images])
         settings = settings_of(net, batch_size=size)
-        loop = Fast(net, some, settings, images if device.type == "cuda" else max(size, 4000), width=width)
+        loop = TrainerLoop(net, some, settings, images if device.type == "cuda" else max(size, 4000), width=width)
         seconds = [loop.epoch() for _ in range(epochs)]
         trainer = loop.trainers[0]
         bytes_moved = fused_bytes(trainer.fused) if trainer.fused else step_bytes(trainer.net, size)
-        bytes_moved *= trainer.steps
+        bytes_moved *= trainer.steps_per_epoch
         measured = {
             "peak_memory_mib": loop.peak_memory_mib,
             "dram_model_seconds": round(bytes_moved / bandwidth, 4),

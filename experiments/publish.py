@@ -10,12 +10,7 @@ Copies the executed notebook, the grids in img/, the weights, rows and predictio
 """
 
 import argparse
-import ast
-import base64
 import contextlib
-import io
-import itertools
-import os
 import re
 import shutil
 import subprocess
@@ -34,6 +29,7 @@ import utils
 from engine import files, records
 from engine.data import CIFAR10_CLASSES, load_data
 from experiments import ROOT
+from experiments.notebook import Refused, check_notebook, check_source, committed
 from experiments.sweeps import read_texts
 
 SEEDS, IMAGES = 10, 10_000
@@ -46,10 +42,6 @@ TABLES = {  # the columns that their checks need
 }
 COPIES = [f"img/{norm}.png" for norm in ("batch", "layer", "group")] + [f"weights/{net}.pt" for net in utils.NETS]
 COPIES += ["results/predictions.npz", *(f"results/{name}.csv" for name in TABLES if name != "runs")]
-
-
-class Refused(Exception):
-    """What came out may not be published; the message, one line, says why."""
 
 
 @contextlib.contextmanager
@@ -114,7 +106,7 @@ def check_rows(rows, commit):
         for column, value in columns.items():
             for found in set(own[column]) - {value}:
                 raise Refused(f"a row of {net} has {column} {found!r}; {value!r} is published")
-        for name in set(rows) - {"net", "seed", *columns, *records.MEASURED}:
+        for name in set(rows) - {"net", "seed", *columns, *records.NON_KEY_COLUMNS}:
             raise Refused(f"it has a column {name!r}, which is not published")
     for found in rows["test_accuracy"][~pd.to_numeric(rows["test_accuracy"], errors="coerce").between(0, 100)]:
         raise Refused(f"a row has test_accuracy {found!r}; a number from 0 to 100 is published")
@@ -205,82 +197,6 @@ def check_weights(folder, predictions, data):
                 raise Refused(f"it predicts another class than its seed 0 did for {count} of {IMAGES} test images")
 
 
-def committed(root):
-    """Return s8.ipynb as the checkout's last commit has it; where there is no git, as it is."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # of a hook
-    command = ["git", "-C", root, "show", "HEAD:./s8.ipynb"]
-    try:
-        content = subprocess.run(command, env=environment, capture_output=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        content = (root / "s8.ipynb").read_bytes()
-    return nbformat.reads(content.decode(), as_version=4)
-
-
-def check_source(notebook, original):
-    """Refused unless `notebook` is what papermill makes of the original with the published parameters."""
-    injected = [cell for cell in notebook.cells if "injected-parameters" in cell.metadata.get("tags", [])]
-    lines = [line for cell in injected for line in ast.parse(cell.source).body]
-    found = {target.id: ast.literal_eval(line.value) for line in lines for target in line.targets}  # plain values
-    found.pop("folder", None)
-    wanted = {"seeds": SEEDS, "source": "cifar10"}
-    if found not in (wanted, wanted | {"epochs": None}, wanted | {"epochs": utils.MAX_EPOCHS}):
-        raise Refused(f"papermill set {found}; {wanted} is published")
-    both = ([(cell.cell_type, cell.source) for cell in of.cells if cell not in injected] for of in (notebook, original))
-    for number, (ran, wanted) in enumerate(itertools.zip_longest(*both)):
-        if ran != wanted:
-            raise Refused(f"cell {number} is not that of the committed s8.ipynb")
-
-
-def check_notebook(notebook):
-    """Return the executed notebook to publish, without papermill's marks; Refused if a cell failed or did not run."""
-    notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
-    if not {"kernelspec", "language_info"} <= notebook.metadata.keys():
-        raise Refused("its metadata has no kernelspec or no language_info")
-    notebook.metadata = {name: notebook.metadata[name] for name in ("kernelspec", "language_info")}
-    count = 0
-    for number, cell in enumerate(notebook.cells):
-        cell.id = f"cell-{number}"
-        cell.metadata = {name: value for name, value in cell.metadata.items() if name == "tags" and value}
-        if cell.cell_type != "code":
-            continue
-        if cell.execution_count is None:
-            raise Refused(f"cell {number} was not executed")
-        count += 1
-        cell.execution_count = count
-        for output in cell.outputs:
-            if "execution_count" in output:
-                output.execution_count = count
-            if output.output_type == "error" or output.get("name") == "stderr":
-                text = output.get("text") or f"{output['ename']}: {output['evalue']}"
-                raise Refused(f"cell {number} ended in an error or a warning: {text.strip().rpartition(chr(10))[2]}")
-            if "image/png" in output.get("data", {}):
-                output.data["image/png"] = compress(output.data["image/png"])
-        cell.outputs = join_streams(cell.outputs)
-    return notebook
-
-
-def compress(png):
-    """Reduce a picture (PNG in base64) to 256 colors, so that the notebook stays under 1 MB."""
-    image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").quantize(256)
-    content = io.BytesIO()
-    image.save(content, "png", optimize=True)
-    return base64.b64encode(content.getvalue()).decode()
-
-
-def join_streams(outputs):
-    """Join what a cell printed, and of lines that overwrite each other (carriage returns) keep the last."""
-    joined = []
-    for output in outputs:
-        if joined and output.output_type == "stream" == joined[-1].output_type:
-            joined[-1].text += output.text
-        else:
-            joined.append(output)
-    for output in joined:
-        if output.output_type == "stream":
-            output.text = re.sub(r"[^\n]*\r(?!\n)", "", output.text)
-    return joined
-
-
 def publish(folder, commit=None, root=ROOT):
     """Check what a run left in `folder`, then copy it to the checkout `root`; nothing is copied unless all is right."""
     folder = folder.resolve()
@@ -301,13 +217,13 @@ def publish(folder, commit=None, root=ROOT):
         original = committed(root)
     with naming(folder / notebook) as path:
         executed = nbformat.read(path, as_version=4)
-        check_source(executed, original)
+        check_source(executed, original, SEEDS)
         content = f"{nbformat.writes(check_notebook(executed))}\n".encode()
     try:
         check_weights(folder, predictions, load_data(utils.pick_device(), "cifar10", root / "data"))
     except OSError as error:
         print(f"weights are not scored: {error}")
-    with naming(root), files.all_or_none([root / file for file in (*COPIES, notebook, table)]):
+    with naming(root), files.rollback_on_error([root / file for file in (*COPIES, notebook, table)]):
         with contextlib.ExitStack() as targets:  # which are replaced on leaving, unless writing one failed
             for file in (*COPIES, notebook):
                 _, temporary = targets.enter_context(files.replacement(root / file))

@@ -3,13 +3,12 @@
 import json
 import re
 from decimal import Decimal
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from experiments import tables
 
-ROOT = Path(__file__).resolve().parents[1]
 NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?")
 NO_RESULTS = [  # what prose may quote without a table
     r"```.*?```|`[^`]*`|<[^>]*>",  # code, HTML and generated parts' marks

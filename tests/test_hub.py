@@ -12,8 +12,8 @@ from conftest import ROOT
 
 import hubconf
 import models
+import utils
 
-NETS = ("NetA", "NetB", "NetC")
 HUB = """
 import sys, torch
 x, found = torch.load("x.pt"), {}
@@ -35,7 +35,7 @@ def test_published_nets_by_torch_hub(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found = torch.load(tmp_path / "logits.pt")
-    for name in NETS:
+    for name in utils.NETS:
         net = getattr(models, name)()
         net.load_state_dict(torch.load(ROOT / "weights" / f"{name}.pt", weights_only=True))
         with torch.no_grad():
@@ -43,7 +43,17 @@ def test_published_nets_by_torch_hub(tmp_path):
     assert not any(torch.allclose(found["NetC"], found[name]) for name in ("NetA", "NetB"))
 
 
-@pytest.mark.parametrize("name", NETS)
+def test_torch_hub_lists_the_nets_and_has_help_for_each():
+    """As torch.hub.list and torch.hub.help look for them, which take no local folder."""
+    listed = [name for name in dir(hubconf) if callable(getattr(hubconf, name)) and not name.startswith("_")]
+    assert listed == list(utils.NETS)
+    for name in listed:
+        build = getattr(hubconf, name)
+        assert build.__name__ == name
+        assert build.__doc__.startswith(f"Build the network with {models.NORM_OF[name]} norm.\n")
+
+
+@pytest.mark.parametrize("name", utils.NETS)
 def test_options_go_to_the_net(name):
     net = getattr(hubconf, name)(classes=7, in_channels=1)
     assert (net.c11.out_channels, net.C1.conv.in_channels) == (7, 1)
@@ -57,7 +67,7 @@ def test_options_with_the_weights_are_refused():
     assert torch.hub.load(str(ROOT), "NetC", source="local", groups=2).groups == 2
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", utils.NETS)
 def test_export_and_onnx(name, tmp_path):
     """float32, eval mode, any number of images."""
     net, batch = getattr(hubconf, name)(pretrained=True).eval(), ({0: torch.export.Dim("images")},)
@@ -74,7 +84,7 @@ def test_export_and_onnx(name, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", utils.NETS)
 def test_compile(name):
     net = getattr(hubconf, name)(pretrained=True).eval()
     with torch.no_grad():

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "engine.muon": (),
     "engine.statistics": (),
     "engine.fast": ("models", "engine.records"),
-    "engine.kernels": ("models", "engine.fast"),
+    "engine.kernels": ("models", "engine.fast", "engine.muon"),
     "engine.tune": ("models", *ENGINE, "engine.kernels"),
     "engine.records": ("engine.files",),
     "engine.data": ("models", "engine.download"),

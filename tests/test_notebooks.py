@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +12,7 @@ import nbformat
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, copy_checkout
 from nbclient import NotebookClient
 from PIL import Image
 
@@ -183,18 +182,6 @@ sys.exit(done.returncode)
 """
 
 
-def copy_tree(folder):
-    """Copy the committed files, as they are now, into `folder`."""
-    try:
-        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("not a git checkout")
-    for name in filter(None, listed.split("\0")):
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
-
-
 @contextlib.contextmanager
 def read_only(folder):
     """Let nothing be created in the folder and those in it."""
@@ -248,7 +235,7 @@ def test_s8_on_synthetic_data_in_a_copy_that_is_read_only(tmp_path):
     tree, output = tmp_path / "drei Ordner, größer nicht", tmp_path / "output"
     tree.mkdir()
     output.mkdir()
-    copy_tree(tree)
+    copy_checkout(tree)
     before = sorted(tree.rglob("*"))
     with read_only(tree):
         notebook, peak = execute(tree, output, "-p", "source", "synthetic")

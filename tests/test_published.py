@@ -3,7 +3,6 @@
 import importlib.metadata
 import json
 import re
-import subprocess
 import sys
 
 import nbformat
@@ -11,14 +10,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, tracked
 from PIL import Image
 
 import hubconf
 import models
 import utils
 from engine.probe import mean_spread
-from engine.records import MEASURED, read_rows
+from engine.records import NON_KEY_COLUMNS, read_rows
 from engine.trainer import schedule
 from experiments import tables
 from experiments.sweeps import AUGMENTED_WEIGHT_DECAY
@@ -28,14 +27,6 @@ ROWS = read_rows(RESULTS / "runs.csv")
 MAIN = ROWS[ROWS["study"] == "main"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 NOTEBOOKS = [ROOT / "s8.ipynb", ROOT / "experiments" / "findings.ipynb"]
-
-
-def tracked():
-    """The files that git tracks."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode:
-        pytest.skip("not a git checkout")
-    return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
 
 
 def first_run(net):
@@ -63,7 +54,7 @@ def test_published_rows_are_ten_seeds_of_twenty_epochs_of_one_clean_commit():
 
 
 def test_every_row_is_there_once_and_names_a_clean_commit():
-    settings = [name for name in ROWS if name not in MEASURED]
+    settings = [name for name in ROWS if name not in NON_KEY_COLUMNS]
     assert not ROWS.duplicated(settings).any()
     assert ROWS["commit"].astype(str).str.fullmatch("[0-9a-f]{7,40}").all()
     assert set(ROWS["status"]) == {"done", "diverged"}

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import first_images, same
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.colors import same_color
@@ -23,7 +24,6 @@ from engine.statistics import contrast
 from engine.trainer import Trainer
 from utils import Scores, Settings
 
-NETS = ("NetA", "NetB", "NetC", "Net")
 SHORT = Settings(epochs=2, batch_size=50)
 LONG = Settings(epochs=4, batch_size=50, augment="flip+crop")
 NARROW = (8,) * 10
@@ -32,13 +32,7 @@ NARROW = (8,) * 10
 @pytest.fixture(scope="session")
 def tiny(small):
     """150 training and 50 test images of the synthetic data."""
-    return replace(
-        small,
-        images=small.images[:150],
-        labels=small.labels[:150],
-        test_images=small.test_images[:50],
-        test_labels=small.test_labels[:50],
-    )
+    return first_images(small, 150, 50)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,7 +185,7 @@ def test_lengths_out_of_range_are_refused_by_name(cpu, arguments, message):
 
 
 def test_nets_are_built_by_name_from_the_seed():
-    for name in NETS:
+    for name in models.NORM_OF:
         torch.manual_seed(99)  # what was drawn before does not matter
         net = utils.build(name, Settings(seed=3))
         assert net.norm == models.NORM_OF[name]
@@ -213,15 +207,11 @@ def trained(data, name="NetC", settings=SHORT, **options):
     return net.state_dict(), history
 
 
-def same(first, second):
-    return all(torch.equal(first[key], second[key]) for key in first)
-
-
 def without_times(history):
     return [{name: value for name, value in epoch.items() if name not in ("seconds", "elapsed")} for epoch in history]
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", models.NORM_OF)
 def test_same_seed_same_weights(tiny, name):
     (first, history), (second, again) = trained(tiny, name), trained(tiny, name)
     assert same(first, second)
@@ -253,7 +243,7 @@ def test_an_untracked_run_trains_the_same_and_tests_nothing(tiny, monkeypatch):
     assert all(math.isnan(epoch["test_accuracy"]) for epoch in history)
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", models.NORM_OF)
 def test_one_batch_is_learned_by_heart(tiny, name):
     one = replace(tiny, images=tiny.images[:20], labels=tiny.labels[:20])
     settings = Settings(epochs=120, batch_size=20, weight_decay=0.0)
@@ -594,7 +584,7 @@ def test_a_row_says_what_was_run_and_what_came_out(tiny, two_runs):
         }.items()
     )
     assert run.name == "batch norm (NetA), seed 7"
-    assert set(run.row) - records.MEASURED >= {field.name for field in fields(Settings)}
+    assert set(run.row) - records.NON_KEY_COLUMNS >= {field.name for field in fields(Settings)}
 
 
 def test_rows_of_short_validation_and_diverged_runs(tiny):

@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as TF
-from conftest import as_nobody
-from hypothesis import given, settings
+from conftest import ROOT, Evil, as_nobody
+from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import calculate_md5
@@ -30,23 +30,8 @@ import models
 from engine import data, download
 from engine.data import Data
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 SETS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
-examples = settings(deadline=None, derandomize=True, database=None)  # the same on every machine
-
-
-@pytest.fixture(scope="module")
-def synthetic():
-    return data.synthetic_data(CPU)
-
-
-@pytest.fixture(scope="module")
-def cifar10():
-    try:
-        return data.load_data(CPU, "cifar10", ROOT / "data")
-    except OSError as error:
-        pytest.skip(str(error))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -149,7 +134,6 @@ def test_crop_and_flip_agree_with_torchvision(synthetic):
         assert torch.equal(result, expected.permute(1, 2, 0))
 
 
-@examples
 @given(
     st.lists(st.tuples(st.integers(-8, 8), st.integers(-8, 8), st.booleans()), min_size=1, max_size=4),
     st.integers(0, 2**31),
@@ -231,22 +215,22 @@ def test_validation_split_of_another_size_is_refused(synthetic, per_class):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_cifar10(cifar10):
-    assert tuple(cifar10.images.shape) == (50_000, 32, 32, 3)
-    assert cifar10.labels.bincount().tolist() == [5_000] * 10
-    assert cifar10.test_labels.bincount().tolist() == [1_000] * 10
-    assert (cifar10.name, cifar10.synthetic) == ("CIFAR-10", False)
+def test_cifar10(real):
+    assert tuple(real.images.shape) == (50_000, 32, 32, 3)
+    assert real.labels.bincount().tolist() == [5_000] * 10
+    assert real.test_labels.bincount().tolist() == [1_000] * 10
+    assert (real.name, real.synthetic) == ("CIFAR-10", False)
     # A picture and its label that anybody can check: the first test image is a cat, the second a ship.
-    assert [cifar10.classes[label] for label in cifar10.test_labels[:2]] == ["cat", "ship"]
-    mean = cifar10.images.double().mean((0, 1, 2)) / 255
+    assert [real.classes[label] for label in real.test_labels[:2]] == ["cat", "ship"]
+    mean = real.images.double().mean((0, 1, 2)) / 255
     assert torch.allclose(mean.float(), models.MEAN.flatten(), atol=1e-4)
 
 
-def test_validation_split_of_cifar10_is_fixed(cifar10):
-    split = data.validation_split(cifar10)
+def test_validation_split_of_cifar10_is_fixed(real):
+    split = data.validation_split(real)
     assert (len(split.images), len(split.test_images)) == (45_000, 5_000)
     assert split.test_labels.bincount().tolist() == [500] * 10
-    first = [(cifar10.images == image).flatten(1).all(1).nonzero().item() for image in split.test_images[:5]]
+    first = [(real.images == image).flatten(1).all(1).nonzero().item() for image in split.test_images[:5]]
     assert first == [1, 11, 23, 39, 44]
 
 
@@ -270,13 +254,13 @@ def test_cifar100():
         assert hashlib.sha256(tensor.numpy()).hexdigest() == checksum
 
 
-def test_human_votes(cifar10):
+def test_human_votes(real):
     votes = data.human_votes(ROOT / "data")
     if votes is None:
         pytest.skip("CIFAR-10H is not in data/ and can't be fetched")
     assert (tuple(votes.shape), votes.dtype) == ((10_000, 10), torch.int64)
     assert 45 < votes.sum(1).min() <= votes.sum(1).max() < 65
-    assert (votes.argmax(1) == cifar10.test_labels).float().mean() > 0.98
+    assert (votes.argmax(1) == real.test_labels).float().mean() > 0.98
 
 
 def test_no_data_is_in_the_repository():
@@ -468,16 +452,6 @@ def test_a_folder_that_cannot_be_written(open_folder, source, capsys):
     with pytest.raises(OSError, match=r"can't be fetched .*Permission denied"):
         as_nobody(lambda: data.load_data(CPU, source, open_folder.parent))
     assert as_nobody(lambda: data.load_data(CPU, "auto", open_folder.parent)) == "synthetic"
-
-
-class Evil:
-    """Pickled, a call that makes the folder `path`."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
 
 
 @pytest.mark.parametrize("source", ["cifar100"], indirect=True)  # torchvision loads CIFAR-10
@@ -775,8 +749,8 @@ def drip(content, left=()):
 
 @pytest.mark.parametrize("left", [b"", http(b"", length=10**6)], ids=["its headers", "its content"])
 def test_a_server_that_drips_is_given_up(serve, tmp_path, monkeypatch, left):
-    monkeypatch.setattr(download, "PATIENCE", 0.4)
-    monkeypatch.setattr(download, "LEAST", 1000)
+    monkeypatch.setattr(download, "STALL_SECONDS", 0.4)
+    monkeypatch.setattr(download, "MIN_BYTES", 1000)
     server, started = serve(drip(b"HTTP/1.1 200 OK\r\n" + b"x" * 200, left)), time.monotonic()
     with pytest.raises(OSError, match=rf"^{server.url}/a sends less than 1,000 bytes in 0\.4 seconds$"):
         download.download(f"{server.url}/a", tmp_path / "a", "sha256", "0")
@@ -785,7 +759,7 @@ def test_a_server_that_drips_is_given_up(serve, tmp_path, monkeypatch, left):
 
 
 def test_a_server_that_is_slow_and_sends_enough_is_not_given_up(serve, tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "PATIENCE", 0.4)
+    monkeypatch.setattr(download, "STALL_SECONDS", 0.4)
     content = os.urandom(2_000_000)
 
     def answer(connection):
@@ -801,7 +775,7 @@ def test_a_server_that_is_slow_and_sends_enough_is_not_given_up(serve, tmp_path,
 
 def test_the_timeouts_are_seconds():
     assert 1 <= download.TIMEOUT <= 10
-    assert (download.PATIENCE, download.LEAST) == (30, 300_000)
+    assert (download.STALL_SECONDS, download.MIN_BYTES) == (30, 300_000)
 
 
 @pytest.fixture

@@ -9,8 +9,6 @@ from torch import nn
 import models
 from engine import fast
 
-NETS = ("batch", "layer", "group", "none")
-
 
 def run(module, x, gradient):
     """Return output, gradient of the input and gradients of the parameters."""
@@ -54,7 +52,7 @@ def test_average_pooling_equals_nn_avg_pool(device):
         assert found.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("norm", NETS)
+@pytest.mark.parametrize("norm", models.NORMS)
 def test_low_precision_copy_equals_the_net_in_float32(device, norm):
     torch.manual_seed(0)
     net = models.Net(norm).to(device, memory_format=torch.channels_last)
@@ -71,7 +69,7 @@ def test_low_precision_copy_equals_the_net_in_float32(device, norm):
         assert (value - right).norm() < 1e-4 * right.norm()
 
 
-@pytest.mark.parametrize("norm", NETS)
+@pytest.mark.parametrize("norm", models.NORMS)
 def test_low_precision_copy_rounds_and_no_more(norm):
     torch.manual_seed(0)
     net = models.Net(norm).to(memory_format=torch.channels_last)

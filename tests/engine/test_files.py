@@ -19,11 +19,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from conftest import as_nobody, refused
+from conftest import ROOT, as_nobody, child, refused
 
 from engine import figures, files, records
 
-ROOT = Path(__file__).parents[2]
 OLD, NEW = b"old" * 50_000, b"new" * 50_000
 
 
@@ -41,16 +40,6 @@ def open_folder():
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o777)
         yield Path(folder)
-
-
-def child(call):
-    """Call in a forked process; return its id."""
-    if pid := os.fork():
-        return pid
-    try:
-        call()
-    finally:
-        os._exit(0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -80,7 +69,7 @@ def test_several_files_are_written_all_or_none(tmp_path, error):
         save(path, OLD)
 
     def write(error=None):
-        with files.all_or_none([same, old, new]):
+        with files.rollback_on_error([same, old, new]):
             for path in (old, new):
                 save(path)
             if error:
@@ -207,7 +196,7 @@ def test_a_writer_that_is_stopped_is_not_waited_for_without_end(tmp_path, monkey
     path.write_bytes(OLD)
     stopped = child(lambda: files.save(path, lambda temporary: os.kill(os.getpid(), signal.SIGSTOP)))
     os.waitpid(stopped, os.WUNTRACED)
-    monkeypatch.setattr(files, "PATIENCE", 0.1)
+    monkeypatch.setattr(files, "LOCK_TIMEOUT", 0.1)
     with pytest.raises(OSError, match=rf"\A{path} can't be written: [^\n]*lock[^\n]*\Z"):
         save(path)
     assert path.read_bytes() == OLD

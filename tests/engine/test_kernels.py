@@ -9,17 +9,14 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import poison
+from conftest import ROOT, draw_batch, make_net, poison
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if INTERPRETED:
@@ -30,7 +27,7 @@ if INTERPRETED:
     from engine.muon import Muon
     from engine.trainer import Trainer
 
-    kernels.PIECE, kernels.PART = 8192, 2048  # few programs: the interpreter runs one after another
+    kernels.COMPOSE_BLOCK, kernels.REDUCE_BLOCK = 8192, 2048  # few programs: the interpreter runs one after another
     interpreted = pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow", "ignore:divide by zero")
 else:
 
@@ -44,32 +41,19 @@ else:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 
 
-def make_net(norm, **options):
-    """A net whose scales and shifts are not all alike."""
-    torch.manual_seed(1)
-    net = models.Net(norm, **options)
-    with torch.no_grad():
-        for name, parameter in net.named_parameters():
-            if "norm" in name or name == "c11.bias":
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    return net
-
-
 def make_batch(count, classes=10):
     """Images in which neighboring pixels are alike, labels, and what of them makes up a batch."""
     torch.manual_seed(2)
     images = 255 * F.interpolate(torch.rand(8, 3, 8, 8), size=32, mode="bilinear").permute(0, 2, 3, 1)
-    chosen = torch.randperm(8)[:count]
-    shift, flip = torch.randint(-2, 3, (count, 2)), torch.rand(count) < 0.5
-    return images.to(torch.uint8).contiguous(), torch.randint(classes, (8,)), (chosen, shift, flip)
+    return images.to(torch.uint8).contiguous(), torch.randint(classes, (8,)), draw_batch(count, 8, 2)
 
 
 def compare(net, images, labels, batch, augment, limit=5e-3):
-    """Hold loss, share, gradients and running statistics of one step to PyTorch's in float32."""
+    """Hold loss, accuracy, gradients and running statistics of one step to PyTorch's in float32."""
     plain = copy.deepcopy(net).train()
     fused = kernels.FusedNet(net, images, labels, len(batch[0]), augment)
     poison(fused)
-    loss, share = fused(*batch)
+    loss, accuracy = fused(*batch)
     chosen, shift, flip = batch
     pictures = images[chosen]
     if augment != "none":
@@ -78,7 +62,7 @@ def compare(net, images, labels, batch, augment, limit=5e-3):
     wanted = F.cross_entropy(logits, labels[chosen], label_smoothing=0.1)
     wanted.backward()
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-3)
-    assert share.item() == pytest.approx((logits.argmax(1) == labels[chosen]).float().mean().item())
+    assert accuracy.item() == pytest.approx((logits.argmax(1) == labels[chosen]).float().mean().item())
     for (name, parameter), other in zip(net.named_parameters(), plain.parameters(), strict=True):
         assert (parameter.grad - other.grad).norm() <= limit * other.grad.norm(), name
     for (name, buffer), other in zip(net.named_buffers(), plain.buffers(), strict=True):
@@ -165,7 +149,7 @@ def test_the_batch_the_learning_rate_and_the_counts_move_from_step_to_step():
     fused = kernels.FusedNet(make_net("none"), images, labels, 3, "flip")
     order, shift, flip = torch.randperm(6).view(2, 3), torch.randint(-2, 3, (8, 2)), torch.rand(8) < 0.5
     rates, counts, sums, lr = torch.rand(4), torch.tensor([1, 2]), torch.zeros(2), torch.tensor(0.0)
-    steps = kernels.Steps(fused, order, shift, flip, rates, counts, sums, lr)
+    steps = kernels.StepState(fused, order, shift, flip, rates, counts, sums, lr)
     for got, wanted in zip(steps.begin(), (order[1], shift[order[1]], flip[order[1]]), strict=True):
         assert torch.equal(got, wanted)
     assert lr == rates[2]

@@ -1,6 +1,5 @@
 """Rows, checkpoints and fingerprints: nothing is lost, nothing of another run is taken, nothing damaged is read."""
 
-import contextlib
 import csv
 import errno
 import functools
@@ -24,7 +23,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import refused
+from conftest import ROOT, Evil, child, refused, same
 from torch import nn
 
 import utils
@@ -33,22 +32,11 @@ from engine.data import Data
 from engine.trainer import Trainer
 from experiments import variants
 
-ROOT = Path(__file__).parents[2]
 SETTINGS = utils.Settings(epochs=3, batch_size=20, augment="flip+crop")
 GENERATOR = torch.Generator().manual_seed(0)
 IMAGES = torch.randint(0, 256, (80, 32, 32, 3), dtype=torch.uint8, generator=GENERATOR)
 LABELS = torch.arange(80) % 10
 DATA = Data(IMAGES[:60], LABELS[:60], IMAGES[60:], LABELS[60:])
-
-
-def child(call):
-    """Call in a forked process; return its id."""
-    if pid := os.fork():
-        return pid
-    with contextlib.suppress(BaseException):
-        call()
-        os._exit(0)
-    os._exit(1)
 
 
 def wait(*pids):
@@ -400,10 +388,6 @@ def trained(path=None, net=None, data=DATA, settings=SETTINGS, **options):
     net = net or utils.build("NetA", settings)
     history = utils.train(net, data, settings, checkpoint=path, **options)
     return net.state_dict(), history
-
-
-def same(first, second):
-    return list(first) == list(second) and all(torch.equal(first[name], second[name]) for name in first)
 
 
 class Interrupted:
@@ -1115,16 +1099,6 @@ def test_an_empty_history_with_other_weights_is_refused(tmp_path, monkeypatch):
     saved["state"]["net"]["C1.conv.weight"] += 1
     torch.save(saved, tmp_path / "run.pt")
     check_refused(tmp_path / "run.pt")
-
-
-class Evil:
-    """Pickled, a call that makes the folder `path`."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
 
 
 EVIL_PLACES = [("fingerprint",), ("history",), ("state",), ("state", "generator"), ("fingerprint", "seed"), ("more",)]

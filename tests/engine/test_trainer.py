@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import torchgen
 import torchvision.transforms.v2.functional as TF
 import yaml
+from conftest import RATES
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,8 +23,6 @@ from engine.data import normalize
 from engine.trainer import OPTIMIZERS, Trainer, schedule, takes_fused_step
 from utils import Settings
 
-NETS = ("NetA", "NetB", "NetC", "Net")
-RATES = dict.fromkeys(OPTIMIZERS, 0.03) | {"sgd": 0.1, "sgdw": 0.1, "adamw": 0.003}
 SHORT = Settings(epochs=2, batch_size=100)
 NARROW = (8,) * 10
 
@@ -66,7 +65,7 @@ def plain_images(trainer, indices):
     ("optimizer", "decay", "augment", "smoothing", "warmup"),
     [("sgd", 0.02, "none", 0.1, 0.2), ("sgdw", 0.5, "none", 0.1, 0.2), ("sgd", 0.02, "flip+crop", 0.3, 0.5)],
 )
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", models.NORM_OF)
 def test_twelve_steps_of_a_plain_loop(small, float32, name, optimizer, decay, augment, smoothing, warmup):
     """A loop in float32 of PyTorch's own modules and torch.optim.SGD, which sees the same batches."""
     decoupled = decay if optimizer == "sgdw" else 0
@@ -149,7 +148,7 @@ def test_master_weights_are_float32_and_what_the_copy_rounds(small, monkeypatch)
     assert len(trainer.copied) == 12  # ten convolutions, weight and bias of c11
     for low, master in trainer.copied:
         assert torch.equal(low, master.bfloat16())
-    assert net.C2.norm.num_batches_tracked == trainer.steps == 6
+    assert net.C2.norm.num_batches_tracked == trainer.steps_per_epoch == 6
 
 
 def test_precisions_differ_by_rounding_alone(small, monkeypatch):
@@ -192,13 +191,13 @@ def test_every_image_once_an_epoch_in_a_new_order(small):
 
 def test_an_epoch_leaves_out_what_does_not_fill_a_batch(small):
     trainer = Trainer(utils.build("NetA", SHORT, widths=NARROW), small, replace(SHORT, batch_size=250))
-    assert len(list(trainer.epoch())) == trainer.steps == 2
+    assert len(list(trainer.epoch())) == trainer.steps_per_epoch == 2
     assert len(trainer.order.flatten().unique()) == 500
 
 
 def test_nets_of_a_seed_share_initial_weights_and_batches(small):
     trainers = []
-    for name in NETS:
+    for name in models.NORM_OF:
         settings = replace(SHORT, augment="flip+crop", seed=5)
         net = utils.build(name, settings)
         fresh = utils.build("NetA", settings)
@@ -483,7 +482,7 @@ def operators_table():
     return {entry["func"].split("(")[0]: entry for entry in entries}
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", models.NORM_OF)
 def test_training_uses_no_operator_that_mps_lacks(small, float32, operators_table, name):
     """No Mac is at hand, so this asks PyTorch's table. In float32, as on MPS."""
     few = replace(small, images=small.images[:100], labels=small.labels[:100])

@@ -40,7 +40,7 @@ def test_a_fused_step_moves_each_tensor_once_for_each_reader():
 
 
 def test_fast_path_is_the_trainer(small):
-    loop = bench.Fast("NetC", small, SMALL, images=300, at_once=2)
+    loop = bench.TrainerLoop("NetC", small, SMALL, images=300, at_once=2)
     assert loop.steps == 3
     assert loop.setup_seconds > 0
     assert len(loop.trainers) == 2
@@ -59,13 +59,13 @@ def clock(monkeypatch):
 @pytest.mark.usefixtures("clock")
 @pytest.mark.parametrize(("images", "at_once", "seconds"), [(600, 1, 1), (300, 1, 2), (300, 2, 1), (600, 2, 0.5)])
 def test_a_part_of_an_epoch_is_scaled_up_for_each_net(small, images, at_once, seconds):
-    loop = bench.Fast("Net", small, SMALL, images, at_once=at_once)
+    loop = bench.TrainerLoop("Net", small, SMALL, images, at_once=at_once)
     assert loop.epoch() == pytest.approx(seconds)
 
 
 @pytest.mark.usefixtures("real", "clock")
 def test_plain_loop_scales_a_part_of_an_epoch(cpu):
-    loop = bench.Plain("NetB", cpu, 0, images=256, root=ROOT / "data")
+    loop = bench.PlainLoop("NetB", cpu, 0, images=256, root=ROOT / "data")
     before = loop.net.C2.conv.weight.clone()
     assert loop.epoch() == pytest.approx(391 / 2)  # two of its 391 steps in a second
     assert not torch.equal(before, loop.net.C2.conv.weight)
@@ -127,7 +127,7 @@ def test_unknown_option():
 def test_every_path_of_every_net_is_measured(small, monkeypatch, tmp_path):
     """On few synthetic images, with no loop that needs CIFAR-10's files and on a CPU."""
 
-    class Plain(bench.Fast):
+    class PlainLoop(bench.TrainerLoop):
         def __init__(self, name, device, workers, images):
             super().__init__(name, small, SMALL, images)
 
@@ -135,7 +135,7 @@ def test_every_path_of_every_net_is_measured(small, monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "BENCH", tmp_path / "bench.csv")
     monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 1e9)
     monkeypatch.setattr(bench, "settings_of", lambda net, **changes: SMALL)
-    monkeypatch.setattr(bench, "Plain", Plain)
+    monkeypatch.setattr(bench, "PlainLoop", PlainLoop)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     bench.main(["--epochs", "1"])
     rows = pd.read_csv(tmp_path / "bench.csv")

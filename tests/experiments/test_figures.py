@@ -17,12 +17,6 @@ ROWS = tables.read_results()
 CLASSES = ("airplane", "automobile", "bird", "cat")
 
 
-@pytest.fixture(autouse=True)
-def close_figures():
-    yield
-    plt.close("all")
-
-
 def points_of(axis):
     return [offsets for one in axis.collections if len(offsets := one.get_offsets()) > 1]
 

@@ -22,8 +22,9 @@ import hubconf
 import models
 import utils
 from engine import records
+from experiments import notebook as notebooks
 from experiments import publish
-from experiments.publish import Refused, check_notebook
+from experiments.notebook import Refused, check_notebook
 from experiments.sweeps import read_texts
 
 FILES = [f"img/{norm}.png" for norm in ("batch", "layer", "group")]
@@ -685,7 +686,7 @@ def test_of_lines_that_overwrite_each_other_the_last_is_kept(notebook):
 def test_printed_parts_are_joined_up_to_another_output():
     parts = [new_output("stream", name="stdout", text=text) for text in ("a 1", "\ra 2", "\r\n", "b\n")]
     shown = new_output("display_data", data={"text/plain": "picture"})
-    found = publish.join_streams([*parts, shown, new_output("stream", name="stdout", text="c\n")])
+    found = notebooks.join_streams([*parts, shown, new_output("stream", name="stdout", text="c\n")])
     assert [output.get("text") for output in found] == ["a 2\r\nb\n", None, "c\n"]
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import RATES, ROOT
 
 import models
 import utils
@@ -20,7 +20,6 @@ from utils import Settings
 
 pytestmark = pytest.mark.gpu
 SHORT = Settings(epochs=2, batch_size=500)
-RATES = dict.fromkeys(OPTIMIZERS, 0.03) | {"sgd": 0.1, "sgdw": 0.1, "adamw": 0.003}
 
 
 @pytest.fixture(scope="module")

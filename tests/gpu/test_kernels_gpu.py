@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import poison
+from conftest import draw_batch, make_net, poison
 
 import models
 
@@ -22,7 +22,6 @@ pytestmark = [
         torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0), reason="needs capability 8.0"
     ),
 ]
-NORMS = ("batch", "layer", "group", "none")
 
 
 @pytest.fixture(scope="module")
@@ -41,25 +40,6 @@ def exact_float32(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-def make_net(norm, **options):
-    torch.manual_seed(1)
-    net = models.Net(norm, **options).to("cuda", memory_format=torch.channels_last)
-    with torch.no_grad():
-        for name, parameter in net.named_parameters():
-            if "norm" in name or name == "c11.bias":
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    return net
-
-
-def draw_batch(count, seed):
-    generator = torch.Generator("cuda").manual_seed(seed)
-    return (
-        torch.randperm(20_000, device="cuda", generator=generator)[:count],
-        torch.randint(-2, 3, (count, 2), device="cuda", generator=generator),
-        torch.rand(count, device="cuda", generator=generator) < 0.5,
-    )
-
-
 def plain_step(net, images, labels, batch, augment):
     """Loss and gradients in float32 by PyTorch."""
     chosen, shift, flip = batch
@@ -71,19 +51,19 @@ def plain_step(net, images, labels, batch, augment):
 
 
 def results_of(fused):
-    """Copy a step's loss, share of right answers and gradients into one row."""
+    """Copy a step's loss, accuracy and gradients into one row."""
     return torch.cat([fused.metrics, *(p.grad.flatten() for p in fused.net.parameters())])
 
 
 @pytest.mark.parametrize("augment", ["none", "flip", "flip+crop"])
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", models.NORMS)
 @pytest.mark.parametrize("count", [500, 125, 7, 1])
 def test_gradients_agree_with_float32_and_have_the_same_bits_again(data, norm, count, augment):
     if norm == "batch" and count == 1:
         pytest.skip("one image has no statistics worth the comparison")
-    net = make_net(norm)
+    net = make_net(norm, "cuda")
     plain = copy.deepcopy(net)
-    batch = draw_batch(count, 3)
+    batch = draw_batch(count, 20_000, 3, "cuda")
     fused = kernels.FusedNet(net, *data, count, augment)
     poison(fused)
     loss, _ = fused(*batch)
@@ -105,25 +85,25 @@ def test_gradients_agree_with_float32_and_have_the_same_bits_again(data, norm, c
     ],
 )
 def test_other_nets_agree_with_float32(data, options):
-    net = make_net("group", **options)
+    net = make_net("group", "cuda", **options)
     plain = copy.deepcopy(net)
-    batch = draw_batch(200, 4)
+    batch = draw_batch(200, 20_000, 4, "cuda")
     kernels.FusedNet(net, *data, 200)(*batch)
     plain_step(plain, *data, batch, "none")
     for (name, parameter), other in zip(net.named_parameters(), plain.parameters(), strict=True):
         assert (parameter.grad - other.grad).norm() <= 5e-3 * other.grad.norm(), name
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", models.NORMS)
 def test_twenty_steps_stay_with_a_plain_float32_loop(data, norm):
     """With SGD: the singular values that Muon sets to 1 are in part rounding errors, in which two runs differ."""
-    net = make_net(norm)
+    net = make_net(norm, "cuda")
     plain = copy.deepcopy(net)
     fused = kernels.FusedNet(net, *data, 250, "flip+crop")
     optimizers = [torch.optim.SGD(each.parameters(), 0.02, 0.9, nesterov=True) for each in (net, plain)]
     losses = []
     for number in range(20):
-        batch = draw_batch(250, number)
+        batch = draw_batch(250, 20_000, number, "cuda")
         loss, _ = fused(*batch)
         losses.append((loss.item(), plain_step(plain, *data, batch, "flip+crop").item()))
         for optimizer in optimizers:
@@ -134,13 +114,13 @@ def test_twenty_steps_stay_with_a_plain_float32_loop(data, norm):
         torch.testing.assert_close(buffer, other, rtol=0.05, atol=0.05, msg=name)
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", models.NORMS)
 def test_muon_in_one_kernel_steps_as_the_optimizer_does(data, norm):
-    net = make_net(norm)
+    net = make_net(norm, "cuda")
     fused = kernels.FusedNet(net, *data, 125)
     muon = Muon(models.param_groups(net, 0.5), torch.tensor(0.03, device="cuda"), 0.95, dtype=torch.float16)
     step = kernels.MuonStep(fused, muon)
-    fused(*draw_batch(125, 6))
+    fused(*draw_batch(125, 20_000, 6, "cuda"))
     plain = copy.deepcopy(net)
     other = Muon(models.param_groups(plain, 0.5), torch.tensor(0.03, device="cuda"), 0.95, dtype=torch.float16)
     before = [parameter.detach().clone() for parameter in net.parameters()]
@@ -156,9 +136,9 @@ def test_muon_in_one_kernel_steps_as_the_optimizer_does(data, norm):
 def test_a_captured_step_equals_an_eager_one(data):
     results = []
     for captured in (False, True):
-        net = make_net("batch")
+        net = make_net("batch", "cuda")
         fused = kernels.FusedNet(net, *data, 125, "flip+crop")
-        batch = draw_batch(125, 5)
+        batch = draw_batch(125, 20_000, 5, "cuda")
         fused(*batch)
         if captured:
             graph = torch.cuda.CUDAGraph()

@@ -9,7 +9,6 @@ ends the script with an error.
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,10 +16,11 @@ from pathlib import Path
 
 import pandas as pd
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine import files  # noqa: E402
+from conftest import ROOT, copy_checkout
+
+from engine import files
 
 DATA, FILES, RECORDS = (f"tests/engine/test_{name}.py" for name in ("data", "files", "records"))
 TRAINER, FIGURES, UTILS = "tests/engine/test_trainer.py", "tests/engine/test_figures.py", "tests/test_utils.py"
@@ -173,7 +173,7 @@ MUTATIONS = [
     (
         "processes do not overwrite each other's rows",
         "engine/files.py",
-        '        with FileLock(target.with_name(f".{target.name}.lock"), timeout=PATIENCE):\n',
+        '        with FileLock(target.with_name(f".{target.name}.lock"), timeout=LOCK_TIMEOUT):\n',
         "        with contextlib.nullcontext():\n",
         f"{RECORDS}::test_no_row_of_several_writers_is_lost",
     ),
@@ -407,16 +407,6 @@ MUTATIONS = [
         f"{UTILS}::test_out_of_memory_names_a_smaller_batch",
     ),
 ]
-
-
-def copy_checkout(folder):
-    """Copy what git tracks, or would track if it were added, to `folder`."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
-    for name in names:
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, folder / name)
 
 
 def passes(folder, *tests):

@@ -11,10 +11,10 @@ import sys
 import time
 import weakref
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 import utils
 from engine import records
@@ -22,14 +22,7 @@ from engine.data import synthetic_data
 from engine.trainer import Trainer
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
 SETTINGS = utils.Settings(epochs=2, batch_size=100, augment="flip+crop")
-
-
-def few_images(device):
-    data = synthetic_data(torch.device(device))
-    test = {"test_images": data.test_images[:200], "test_labels": data.test_labels[:200]}
-    return replace(data, images=data.images[:600], labels=data.labels[:600], **test)
 
 
 def resident():
@@ -39,9 +32,9 @@ def resident():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_two_hundred_runs_in_one_process(tmp_path):
+def test_two_hundred_runs_in_one_process(small, tmp_path):
     """Nobody calls the garbage collector after each run, nor does this."""
-    data, seconds, sizes = few_images("cpu"), [], []
+    data, seconds, sizes = small, [], []
     for number in range(200):
         started = time.perf_counter()
         one = utils.run("NetC", data, replace(SETTINGS, seed=number % 7), checkpoints=tmp_path / "checkpoints")
@@ -55,8 +48,8 @@ def test_two_hundred_runs_in_one_process(tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["muon", "sgd", "adamw"])
 @pytest.mark.parametrize("name", utils.NETS)
-def test_a_trainer_is_freed_without_the_collector(name, optimizer):
-    data, settings = few_images("cpu"), replace(SETTINGS, optimizer=optimizer, epochs=1)
+def test_a_trainer_is_freed_without_the_collector(small, name, optimizer):
+    data, settings = small, replace(SETTINGS, optimizer=optimizer, epochs=1)
     gc.collect()
     gc.disable()
     try:
