@@ -374,7 +374,7 @@ def plot_mistakes(run, data, path=None, votes=None):
     if votes is not None and (data.split != "test" or votes.shape != (len(labels), len(data.classes))):
         raise ValueError(f"votes are for other images than those of {data.name}, {data.split} split; leave them out")
     chosen = most_confident_mistakes(scores.predictions, scores.confidences, labels).tolist()
-    figure, axes = plt.subplots(5, 4, figsize=(8, 9.2), width_ratios=(1, 1.6) * 2)
+    figure, axes = plt.subplots(5, 4, figsize=(8, 7.9), width_ratios=(1, 2.15) * 2)
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.92, wspace=0.05, hspace=0.12)
     heading = f"The {len(chosen)} most confident mistakes\n{run.name}" if chosen else f"No mistakes\n{run.name}"
     figure.suptitle(title(heading, data), fontsize=14, y=0.99)
@@ -387,7 +387,7 @@ def plot_mistakes(run, data, path=None, votes=None):
         text.text(0, 0.78, confidence, fontsize=13, weight="bold", color=COLORS[run.row["norm"]])
         text.text(0, 0.54, f"label: {truth}", fontsize=13)
         if votes is not None:
-            text.text(0, 0.32, f"people: {describe_votes(votes[index], data.classes)}", fontsize=11.5)
+            text.text(0, 0.32, f"people: {describe_votes(votes[index], data.classes)}", fontsize=10.5)
         text.text(0, 0.08, f"test image {index}", fontsize=10, color="#555555")
     if path:
         save_figure(path, figure)
