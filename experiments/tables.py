@@ -709,6 +709,17 @@ def speed(bench):
     return table.loc[order].rename(PATHS, level=1).rename_axis(columns=None)
 
 
+def sweep_speed(bench):
+    """Runs of 20 epochs a minute that `experiments.run` trains on one GPU and on two of one host, at batches of 64.
+
+    Of the sweep lead, from the rows' arrival: twelve runs at a time on each GPU, compilation apart.
+    """
+    bench = bench[bench["path"].str.startswith("sweep-")]
+    minute = 60 / bench["run_seconds"]
+    table = pd.DataFrame({"runs per minute": minute, "times one GPU": minute / minute.iloc[0]})
+    return table.set_index(bench["path"].str.removeprefix("sweep-").rename("GPUs"))
+
+
 def mutations(rows):
     """Guards that were taken out of the code one at a time, by the file of the test that then failed."""
     counts = rows["test"].str.split("::").str[0].value_counts().rename("guards").rename_axis("tests")

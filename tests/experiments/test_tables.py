@@ -407,3 +407,10 @@ def test_intervals_over_seeds_and_images_are_wider():
     both = table["over seeds and images, high"] - table["over seeds and images, low"]
     assert both / (2 * 1.96) == pytest.approx(error, rel=0.2)
     assert table["over seeds, high"] - table["over seeds, low"] < both / 2
+
+
+def test_speed_of_sweeps_is_in_runs_per_minute():
+    bench = pd.DataFrame({"path": ["fused", "sweep-1", "sweep-2"], "run_seconds": [9.0, 2.0, 1.0]})
+    table = tables.sweep_speed(bench)
+    assert table.loc["2"].tolist() == [60, 2]
+    assert list(table.index) == ["1", "2"]
