@@ -1,5 +1,6 @@
 """Variants of the nets, and the one settings object that says what a run is."""
 
+import itertools
 import math
 from dataclasses import fields, replace
 
@@ -205,21 +206,22 @@ def test_kaiming_initial_weights_keep_the_signal():
     assert own.columns() | {"initial_weights": "he"} == kaiming.columns()
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+VARIANTS = [
+    {"net": "NetB", "layer_variant": "C"},
+    {"net": "NetB", "layer_variant": "[C,H,W]"},
+    {"net": "NetC", "groups": "C"},
+    {"net": "NetB", "layer_variant": "RMS"},
+    {"net": "NetB", "layer_variant": "tanh", "initial_weights": "he"},
+    {"net": "NetA", "statistics_batch": 4},
+    {"net": "Net", "convolution": "standardized"},
+]
+
+
 @pytest.mark.parametrize(
-    "variant",
-    [
-        {"net": "NetB"},
-        {"net": "NetB", "layer_variant": "C"},
-        {"net": "NetB", "layer_variant": "[C,H,W]"},
-        {"net": "NetC", "groups": "C"},
-        {"net": "NetB", "layer_variant": "RMS"},
-        {"net": "NetB", "layer_variant": "tanh", "initial_weights": "he"},
-        {"net": "NetA", "statistics_batch": 4},
-        {"net": "Net", "convolution": "standardized"},
-    ],
+    ("optimizer", "variant"),
+    [(name, {"net": "NetB"}) for name in OPTIMIZERS] + list(itertools.product(("sgdw", "adamw", "muon"), VARIANTS)),
 )
-def test_every_optimizer_trains_every_variant(small, optimizer, variant):
+def test_every_optimizer_and_every_variant_trains(small, optimizer, variant):
     """In ten steps on the same 40 images."""
     rate = {"sgd": 0.1, "sgdw": 0.1, "adamw": 0.003}.get(optimizer, 0.03)
     if variant.get("layer_variant") == "tanh" and optimizer != "adamw":
