@@ -249,10 +249,7 @@ CELLS = [
 ]
 CELLS.append(Cell("muon", 500, augment="flip+crop", seeds=10))
 STEPS = ("sgdw", "tensor-norm", "filter-norm", "muon-one-rate")  # from momentum to Muon, one part after the other
-CELLS_STEP = {
-    size: [Cell(step, size, nets=WITH_CONTROL, variant=(("momentum", Settings.momentum),)) for step in STEPS]
-    for size in (500, 125)
-}
+CELLS_STEP = [Cell(step, 500, nets=WITH_CONTROL, variant=(("momentum", Settings.momentum),)) for step in STEPS]
 CELLS_PART = [
     Cell(optimizer, 500, nets=nets, seeds=3, variant=variant)
     for optimizer, (nets, variant) in itertools.product(
@@ -280,8 +277,7 @@ SWEEPS = {
     "optimizer": ("test", optimizer, "rate-seeds"),
     **tuning("lead", CELLS),
     **tuning("lead-100", CELLS_100),
-    **tuning("step", CELLS_STEP[500]),
-    **tuning("step-125", CELLS_STEP[125]),
+    **tuning("step", CELLS_STEP),
     **tuning("part", CELLS_PART),
     "time": ("test", time, "lead-seeds"),
     "long-tune": ("validation", long_tune, None),

@@ -545,9 +545,9 @@ def chosen(rows):
 # Parts: of Muon's step, of the norm; more epochs; other test images
 # ---------------------------------------------------------------------------------------------------------------------
 
-STEPS = {  # of the sweeps step and step-125, from momentum alone to Muon
+STEPS = {  # of the sweep step, from momentum alone to Muon
     "sgdw": "momentum",
-    "tensor-norm": "fixed norm per tensor",
+    "tensor-norm": "fixed norm per matrix",
     "filter-norm": "fixed norm per filter",
     "muon-one-rate": "Muon",
 }
@@ -555,32 +555,31 @@ STEPS = {  # of the sweeps step and step-125, from momentum alone to Muon
 
 def step_runs(rows):
     """The runs on the test set that compare parts of Muon's step, with the steps' names."""
-    runs = select(rows, study=("step", "step-125"))
+    runs = select(rows, study="step")
     return runs.assign(step=runs["optimizer"].map(STEPS))
 
 
 def steps(rows):
-    """Batch norm's leads by batch size and step, and the control's accuracy."""
-    runs, keys = step_runs(rows), ["batch_size", "step"]
-    table = leads(runs, keys)
-    table.insert(4, "none", select(runs, norm="none").groupby(keys)["test_accuracy"].mean())
-    return table.reindex(list(STEPS.values()), level="step")
+    """Batch norm's leads by step, and the control's accuracy."""
+    runs = step_runs(rows)
+    table = leads(runs, "step")
+    table.insert(4, "none", select(runs, norm="none").groupby("step")["test_accuracy"].mean())
+    return table.reindex(STEPS.values())
 
 
 def step_parts(rows):
     """How much of the distance between momentum's lead and Muon's a step takes, and that minus a half and a quarter."""
+    of = {step: samples(own) for step, own in step_runs(rows).groupby("step")}
     lines = {}
-    for size, runs in step_runs(rows).groupby("batch_size"):
-        of = {step: samples(own) for step, own in runs.groupby("step")}
-        for (first, second), step in itertools.product(LEADS, list(STEPS.values())[1:-1]):
-            parts = [of[one][norm] for one in ("momentum", step, "Muon") for norm in (first, second)]
-            line = {}
-            for name, share in (("taken", 0.0), ("taken minus half", 0.5), ("taken minus a quarter", 0.25)):
-                # momentum - step - share * (momentum - Muon), each of them first - second
-                weights = [sign * one for one in (1 - share, -1, share) for sign in (1, -1)]
-                line |= columns_of(contrast(*parts, weights=weights), name)
-            lines[size, f"{first} minus {second}", step] = line
-    return pd.DataFrame.from_dict(lines, "index").rename_axis(["batch size", "lead", "step"])
+    for (first, second), step in itertools.product(LEADS, list(STEPS.values())[1:-1]):
+        parts = [of[one][norm] for one in ("momentum", step, "Muon") for norm in (first, second)]
+        line = {}
+        for name, share in (("taken", 0.0), ("taken minus half", 0.5), ("taken minus a quarter", 0.25)):
+            # momentum - step - share * (momentum - Muon), each of them first - second
+            weights = [sign * one for one in (1 - share, -1, share) for sign in (1, -1)]
+            line |= columns_of(contrast(*parts, weights=weights), name)
+        lines[f"{first} minus {second}", step] = line
+    return pd.DataFrame.from_dict(lines, "index").rename_axis(["lead", "step"])
 
 
 def largest_rates(rows):
@@ -588,15 +587,14 @@ def largest_rates(rows):
 
     "0.1, 0.3+": 0.1 was chosen, and 0.3 is the largest tried.
     """
-    tried = select(rows, study=("step-rate", "step-125-rate"))
+    tried = select(rows, study="step-rate")
     lines = {}
-    for (size, name, norm), own in step_runs(rows).groupby(["batch_size", "optimizer", "norm"]):
-        of_net = select(tried, batch_size=size, optimizer=name, norm=norm)
+    for (name, norm), own in step_runs(rows).groupby(["optimizer", "norm"]):
+        of_net = select(tried, optimizer=name, norm=norm)
         stable = of_net[of_net["validation_accuracy"] > 60]["learning_rate"].max()
         more = "+" * bool(stable == of_net["learning_rate"].max())
-        lines.setdefault((size, STEPS[name]), {})[norm] = f"{own['learning_rate'].iloc[0]:g}, {stable:g}{more}"
-    table = pd.DataFrame.from_dict(lines, "index")[list(ALL)].rename_axis(["batch size", "step"])
-    return table.reindex(list(STEPS.values()), level="step")
+        lines.setdefault(STEPS[name], {})[norm] = f"{own['learning_rate'].iloc[0]:g}, {stable:g}{more}"
+    return pd.DataFrame.from_dict(lines, "index")[list(ALL)].reindex(STEPS.values()).rename_axis("step")
 
 
 def part_runs(rows):

@@ -46,11 +46,7 @@ def test_each_sweep_lists_each_run_once_and_starts_without_rows(tmp_path):
 def test_choices_are_made_on_the_validation_split_alone():
     assert {sweep for sweep, (split, _, _) in SWEEPS.items() if split == "validation"} == {
         *("tune", "search", "search-seeds", "rate", "rate-seeds", "initial", "batch-rate", "long-tune"),
-        *(
-            f"{name}-{part}"
-            for name in ("lead", "lead-100", "step", "step-125", "part")
-            for part in ("rate", "decay", "seeds")
-        ),
+        *(f"{name}-{part}" for name in ("lead", "lead-100", "step", "part") for part in ("rate", "decay", "seeds")),
     }
     assert all(SWEEPS[needed][0] == "validation" for _, _, needed in SWEEPS.values() if needed)
 
