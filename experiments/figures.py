@@ -262,7 +262,7 @@ def plot_chain():
         height = 0.9 + 0.5 * np.log2(side)
         axis.bar(x, height, 0.84, -height / 2, color=fills[kind], edgecolor=GRAY)
         axis.text(x, 0, name, ha="center", va="center", fontsize=11, weight="bold")
-        axis.text(x, height / 2 + 0.1, f"{channels}x{side}x{side}", ha="center", va="bottom", fontsize=8)
+        axis.text(x, height / 2 + 0.1, f"{channels}x{side}x{side}", ha="center", va="bottom", fontsize=7.5)
         parameters = sum(p.numel() for p in layer.parameters())
         axis.text(x, -height / 2 - 0.12, f"{parameters:,}" if parameters else "", ha="center", va="top", fontsize=8)
     handles = [plt.Rectangle((0, 0), 1, 1, facecolor=fill, edgecolor=GRAY) for fill in fills]
@@ -279,19 +279,19 @@ def shared_means():
     return [
         ("batch norm: N, H, W", COLORS["batch"], c == 0),
         ("layer norm: C, H, W", COLORS["layer"], n == 0),
-        ("group norm: C / 4, H, W", COLORS["group"], (n == 0) & (c < 2)),
+        ("group norm: C / 4 channels, H, W", COLORS["group"], (n == 0) & (c < 2)),
         ("instance norm: H, W", "#CC79A7", (n == 0) & (c == 0)),
     ]
 
 
 def plot_cubes():
     """Draw which activations share one mean and one variance under each norm, after Wu & He 2018."""
-    figure, axes = plt.subplots(1, 4, figsize=(WIDTH, 2.3), layout="constrained", subplot_kw={"projection": "3d"})
+    figure, axes = plt.subplots(1, 4, figsize=(WIDTH, 2.2), layout="constrained", subplot_kw={"projection": "3d"})
     for axis, (title, color, shared) in zip(axes, shared_means(), strict=True):
         faces = np.where(shared, color, "#f2f2f2")
         axis.voxels(np.ones(shared.shape, bool), facecolors=faces, edgecolor="#999999", linewidth=0.4, shade=False)
         axis.set(xticks=[], yticks=[], zticks=[])
-        axis.set_title(title, fontsize=10)
+        axis.set_title(title, fontsize=9.5, y=0.93)
         axis.set_xlabel("N", labelpad=-12)
         axis.set_ylabel("C", labelpad=-12)
         axis.set_zlabel("H, W", labelpad=-10)
