@@ -42,7 +42,7 @@ def low_precision_copy(net, dtype):
             copied.set_submodule(name, InFloat32(module))
     for name, buffer in net.named_buffers(recurse=False):
         setattr(copied, name, buffer)
-    if type(net).forward is not models.Net.forward:
+    if type(net).forward is not models.Net.forward or has_own_code(net):
         return copied
     for (name, conv), (next_name, pool) in itertools.pairwise(list(copied.named_children())):
         plain = type(conv) is nn.Conv2d and equals(conv, nn.Conv2d(conv.in_channels, conv.out_channels, 1))
