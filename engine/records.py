@@ -422,14 +422,20 @@ def _check_form(value, like, name):
 
 @contextlib.contextmanager
 def restored_on_error(net):
-    """Put the net's weights back when anything is raised inside, KeyboardInterrupt too."""
+    """Put the net's weights, gradients and attributes back when anything is raised inside, KeyboardInterrupt too."""
     before = {name: value.clone() for name, value in net.state_dict().items()}
+    gradients = [(parameter, parameter.grad) for parameter in net.parameters()]
+    attributes = [(vars(module), dict(vars(module))) for module in net.modules()]  # training, too
     try:
         yield
     except BaseException:
         for device in {value.device for value in net.state_dict().values() if value.is_cuda}:
             torch.cuda.synchronize(device)  # enqueued steps would write after us
         net.load_state_dict(before)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        for own, saved in attributes:
+            own.update(saved)
         raise
 
 

@@ -928,12 +928,28 @@ def test_restored_on_error():
     assert not same(net.state_dict(), before)
 
 
+def test_a_failed_call_leaves_modes_gradients_and_attributes():
+    net = altered_net("NetA", lambda block: block.set_submodule("activation", Block())).eval()
+    net.C2.train()
+    gradient = net.c11.bias.grad = torch.ones(10)
+    modes = [module.training for module in net.modules()]
+    with pytest.raises(KeyboardInterrupt), records.restored_on_error(net):  # noqa: PT012
+        net.train()(torch.zeros(2, 3, 32, 32)).sum().backward()
+        net.c11.bias.grad = None
+        raise KeyboardInterrupt
+    assert [module.training for module in net.modules()] == modes
+    assert net.c11.bias.grad is gradient
+    assert net.C1.conv.weight.grad is None
+    assert net.C1.activation.kept is None
+
+
 def test_what_the_nets_own_gpu_still_computes_is_waited_for(monkeypatch):
     """Not the current GPU's: a net on another one is restored under steps that still write."""
     calls, device = [], torch.device("cuda:1")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: calls.append(device))
     value = SimpleNamespace(clone=lambda: None, device=device, is_cuda=True)
     net = SimpleNamespace(state_dict=lambda: {"w": value}, load_state_dict=lambda before: calls.append("restored"))
+    net.parameters = net.modules = list
     with pytest.raises(KeyboardInterrupt), records.restored_on_error(net):
         raise KeyboardInterrupt
     assert calls == [device, "restored"]
