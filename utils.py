@@ -111,7 +111,7 @@ def train(net, data, settings, label="", track=True, fused=None, checkpoint=None
     test_accuracy (nan unless `track`), learning_rate (of the last step), seconds (of training alone) and elapsed
     (seconds from the start, without pauses). Equal settings, machine, torch, Triton and threads give equal weights.
 
-    ValueError when a batch is larger than the training split, or the checkpoint is damaged or of another run;
+    ValueError, see `engine.trainer.Trainer`, also when the checkpoint is damaged or of another run;
     TypeError unless `net` is a models.Net; MemoryError when a batch takes more than the GPU has; FloatingPointError
     when a gradient is not finite. A call with `checkpoint` that is interrupted leaves `net` as it was before.
     """

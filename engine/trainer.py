@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import models
-from engine import fast
+from engine import fast, records
 from engine.data import crop_and_flip, normalize
 from engine.muon import Muon, fix_filter_norm, fix_tensor_norm, newton_schulz
 
@@ -125,8 +125,8 @@ class Trainer:
     fused    whether to take the step of engine.kernels, see `takes_fused_step`
     stream   number of the CUDA stream: nets that train at the same time need one each
     TypeError for another kind of net, or of c11; ValueError when a batch is larger than the training split, the net has
-    fewer classes than the data, or a parameter is frozen, not float32 or has a hook. Nets with random layers do not
-    resume bit for bit.
+    fewer classes than the data, or a parameter is frozen, not float32 or has a hook, or, at the end of the first epoch,
+    when an attribute that is no buffer has changed. Nets with random layers do not resume bit for bit.
     """
 
     def __init__(self, net, data, settings, fused=None, capture=True, stream=0):
@@ -163,6 +163,7 @@ class Trainer:
             self.model = fast.low_precision_copy(net, self.dtype)
             pairs = zip(self.model.parameters(), net.parameters(), strict=True)
             self.copied = [(low, master) for low, master in pairs if low is not master]
+        self.attributes = self.model and self.plain_attributes()
         total_steps = self.steps_per_epoch * settings.epochs
         self.learning_rates = schedule(total_steps, settings.learning_rate, settings.warmup, device)
         self.lr = self.learning_rates[0].clone()
@@ -305,6 +306,24 @@ class Trainer:
             with self.on_stream():
                 self.replay()
             yield
+
+        if self.attributes:
+            self.check_attributes()
+
+    def plain_attributes(self):
+        """Return what records.attributes describes, as the model that computes the step has it."""
+        described, of_model = records.attributes(self.net), records.attributes(self.model)
+        return {name: of_model.get(name, text) for name, text in described.items()}
+
+    def check_attributes(self):
+        """Raise ValueError if the first epoch changed a plain attribute: of a copy, and not in a checkpoint."""
+        with self.on_stream():
+            found = self.plain_attributes()
+        for name, text in found.items():
+            if self.attributes.get(name, text) != text:
+                advice = "register it as a buffer and change it in place, or set it to None before training"
+                raise ValueError(f"{name} changes in training, which would be lost; {advice}")
+        self.attributes = None  # later, what `test` leaves would count
 
     def means(self):
         """Return the epoch's mean training loss and accuracy (percent) so far; waits for the GPU."""

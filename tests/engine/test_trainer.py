@@ -371,6 +371,49 @@ def test_frozen_parameters_and_other_types_are_refused_by_name(small):
         Trainer(net, small, SHORT)
 
 
+def update(norm, name, x):
+    """Subtract a running mean that is no buffer."""
+    mean = getattr(norm, name)
+    setattr(norm, name, 0.9 * mean + 0.1 * x.detach().float().mean((0, 2, 3))[:, None, None])
+    return x - mean.to(x.dtype)
+
+
+@pytest.mark.parametrize("private", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_state_in_a_plain_attribute_is_refused_by_name(small, private, shared):
+    """It would be that of the copy, and of no checkpoint."""
+    net = models.NetB(widths=NARROW)
+    name = "_mean" if private else "mean"
+    Norm = type("Norm", (nn.Module,), {"forward": lambda self, x: update(self, name, x)})
+    net.C5.norm = Norm()
+    setattr(net.C5.norm, name, torch.zeros(8, 1, 1))
+    if shared:
+        net.C5.norm.register_buffer("steps", torch.zeros(()))
+    trainer = Trainer(net, small, SHORT)
+    with pytest.raises(ValueError, match=rf"^C5.norm.{name} changes in training, which would be lost; register it as"):
+        run_epoch(trainer)
+
+
+def test_what_a_net_keeps_of_a_batch_is_no_state(small):
+    """None at first. It is there again when the net is trained once more."""
+
+    class Kept(nn.SiLU):
+        kept = None
+
+        def forward(self, x):
+            self.kept = x.detach()
+            return super().forward(x)
+
+    net = models.NetB(widths=NARROW)
+    net.C5.activation = Kept()
+    torch.nn.utils.spectral_norm(net.C6.conv)  # its weight is an attribute, computed in each step
+    for _ in range(2):
+        trainer = Trainer(net, small, SHORT)
+        for _ in range(2):
+            run_epoch(trainer)
+            utils.test(net, small.test_images, small.test_labels)
+
+
 def test_autocast_changes_nothing(small, float32):
     settings = replace(SHORT, epochs=1)
     found = []
