@@ -24,7 +24,7 @@ from engine.data import check_images, normalize
 from engine.figures import COLORS, save_figure, title
 from engine.probe import describe_votes, eval_mode
 from engine.statistics import contrast
-from engine.trainer import OPTIMIZERS, Trainer, takes_fused_step
+from engine.trainer import OPTIMIZERS, Trainer, check_input, check_kind, takes_fused_step
 from models import NORM_OF, choose, show, whole_number
 
 NETS = ("NetA", "NetB", "NetC")
@@ -116,6 +116,7 @@ def train(net, data, settings, label="", track=True, fused=None, checkpoint=None
     when a gradient is not finite. A call with `checkpoint` that is interrupted leaves `net` as it was before.
     """
     started = time.perf_counter()
+    check_kind(net)
     device = data.images.device
     if device.type == "cpu":
         fast.keep_memory()
@@ -176,6 +177,7 @@ def test(net, images, labels):
     `net` keeps its mode, training or eval, module by module.
     """
     check_images(images, labels, classes=getattr(getattr(net, "c11", None), "out_channels", 2**63))
+    check_input(net)
     size = 100 if images.device.type == "cpu" else 2500  # images at once: on a CPU, what its cache holds
     flags = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
     with eval_mode(net), flags, torch.autocast(images.device.type, enabled=False):

@@ -366,6 +366,7 @@ def read_checkpoint(path, fingerprint, steps_per_epoch, like):
         if not differing:
             _check_progress(found, history, state, steps_per_epoch)
             _check_form(state, like, "state")
+            torch.Generator(like["global_step"].device).set_state(state["generator"])  # a dry run
     except Exception as error:  # of many kinds: cut off, altered, not a checkpoint at all
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"{path} can't be read as a checkpoint ({reason[0]}); {advice}") from None

@@ -110,6 +110,25 @@ def reason_against_fused_step(net, device):
     return kernels.reason_against(net) or kernels.reason_against_device(device)
 
 
+def check_kind(net):
+    """Raise TypeError, in one line, unless `net` is a models.Net whose c11 is a Conv2d."""
+    if not isinstance(net, models.Net):
+        kind = f"the class {net.__name__}" if isinstance(net, type) else f"a {type(net).__name__}"
+        raise TypeError(f"net is {kind}; give a models.Net, such as NetA()")
+    if not isinstance(net.c11, torch.nn.Conv2d):
+        raise TypeError(f"c11 is a {type(net.c11).__name__}; give a Conv2d, as in models.Net")
+
+
+def check_input(net):
+    """Raise ValueError, in one line, unless `net` takes color images in float32."""
+    for name, parameter in net.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise ValueError(f"{name} is of {parameter.dtype}; give a net whose parameters are all float32")
+    conv = getattr(getattr(net, "C1", None), "conv", None)
+    if isinstance(conv, torch.nn.Conv2d) and conv.in_channels != 3:
+        raise ValueError(f"in_channels is {conv.in_channels}; the images have 3 colors")
+
+
 @functools.cache
 def print_once(line):
     print(line)
@@ -130,10 +149,7 @@ class Trainer:
     """
 
     def __init__(self, net, data, settings, fused=None, capture=True, stream=0):
-        if not isinstance(net, models.Net):
-            raise TypeError(f"net is a {type(net).__name__}; give a models.Net, such as NetA()")
-        if not isinstance(net.c11, torch.nn.Conv2d):
-            raise TypeError(f"c11 is a {type(net.c11).__name__}; give a Conv2d, as in models.Net")
+        check_kind(net)
         device = data.images.device
         self.net, self.data, self.settings = net, data, settings
         self.steps_per_epoch = len(data.images) // settings.batch_size
@@ -146,8 +162,9 @@ class Trainer:
             if parameter.dtype != torch.float32 or not parameter.requires_grad:
                 state = f"of {parameter.dtype}" if parameter.requires_grad else "frozen"
                 raise ValueError(f"{name} is {state}; give a net whose parameters are all float32 and trained")
-            if parameter._backward_hooks:
+            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
                 raise ValueError(f"{name} has a hook, which would not be called; remove it")
+        check_input(net)
         net.to(device, memory_format=torch.channels_last).train()
         self.dtype = fast.pick_precision(device)
         self.diverged = torch.zeros((), device=device)  # 1 from the first step on whose gradients are not finite
@@ -225,7 +242,11 @@ class Trainer:
         with torch.backends.cudnn.flags(enabled=True, deterministic=True):
             loss, accuracy = self.loss(images, labels)
             (LOSS_SCALE * loss).backward()
-        gradients = [low.grad.float() for low in self.model.parameters()]
+        gradients = [low.grad for low in self.model.parameters()]
+        for (name, _), gradient in zip(self.net.named_parameters(), gradients, strict=True):
+            if gradient is None:
+                raise ValueError(f"{name} gets no gradient; give a net that uses all its parameters")
+        gradients = [gradient.float() for gradient in gradients]
         torch._amp_foreach_non_finite_check_and_unscale_(gradients, self.diverged, self.unscale)
         self.lr.copy_(self.learning_rates.index_select(0, self.global_step)[0])
         for parameter, gradient in zip(self.net.parameters(), gradients, strict=True):

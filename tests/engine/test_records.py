@@ -1072,6 +1072,7 @@ INCONSISTENT = {
     "a weight more": put(torch.zeros(1), "state", "net", "C12.conv.weight"),
     "a wrong flip": convert(lambda flip: flip[:-1], "state", "flip"),
     "a wrong generator": convert(lambda state: state[:-1], "state", "generator"),
+    "a generator of zeros": convert(torch.zeros_like, "state", "generator"),
     "no momentum": put({}, "state", "optimizer"),
     "a missing momentum": lambda saved: saved["state"]["optimizer"].pop(0),
     "a momentum of another shape": convert(lambda value: value[:1], "state", "optimizer", 0, "momentum_buffer"),

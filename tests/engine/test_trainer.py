@@ -14,6 +14,7 @@ import torchvision.transforms.v2.functional as TF
 import yaml
 from conftest import RATES
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
@@ -369,6 +370,40 @@ def test_frozen_parameters_and_other_types_are_refused_by_name(small):
     net.c11.weight.register_hook(lambda gradient: 0 * gradient)
     with pytest.raises(ValueError, match=r"^c11.weight has a hook, which would not be called; remove it$"):
         Trainer(net, small, SHORT)
+    net = models.NetA()
+    net.c11.weight.register_post_accumulate_grad_hook(lambda parameter: None)
+    with pytest.raises(ValueError, match=r"^c11.weight has a hook, which would not be called; remove it$"):
+        Trainer(net, small, SHORT)
+
+
+def test_a_net_for_gray_images_is_refused(small):
+    with pytest.raises(ValueError, match=r"^in_channels is 1; the images have 3 colors$"):
+        Trainer(models.NetA(in_channels=1), small, SHORT)
+
+
+def test_a_parameter_without_a_gradient_is_refused_by_name(small):
+    net = models.NetA(widths=NARROW)
+    net.C5.register_parameter("spare", nn.Parameter(torch.ones(1)))
+    with pytest.raises(ValueError, match=r"^C5.spare gets no gradient; give a net that uses all its parameters$"):
+        Trainer(net, small, SHORT).step()
+
+
+def test_a_net_that_can_not_be_copied_is_refused_in_one_line(small):
+    net = models.NetA(widths=NARROW)
+    prune.l1_unstructured(net.C5.conv, "weight", 0.5)
+    with pytest.raises(ValueError, match=r"^net can't be copied \(.+\); remove what can't, such as pruning$"):
+        Trainer(net, small, SHORT)
+
+
+@pytest.mark.parametrize("make", [models.NetA, models.NetB])
+def test_layers_may_share_a_norm(small, float32, make):
+    """The gradient of the shared norm is the sum of both layers'."""
+    net = make(widths=NARROW)
+    net.C5.norm = net.C4.norm
+    plain, trainer = copy.deepcopy(net), Trainer(net, small, replace(SHORT, epochs=1))
+    F.cross_entropy(plain(trainer.batch()[0]), trainer.batch()[1], label_smoothing=0.1).backward()
+    trainer.step()
+    assert torch.allclose(net.C4.norm.weight.grad, plain.C4.norm.weight.grad, rtol=1e-3, atol=1e-6)
 
 
 def update(norm, name, x):
