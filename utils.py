@@ -70,7 +70,7 @@ def pick_device(name=None):
     """Return the torch.device called `name`, or the best of CUDA, MPS and CPU. ValueError for one that is not here."""
     available = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
     available = ["cuda"] * bool(available) + available + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    return torch.device(choose("device", str(name or available[0]), available))
+    return torch.device(choose("device", str(available[0] if name is None else name), available))
 
 
 def run_length(device, seeds=None, epochs=None):
@@ -122,13 +122,13 @@ def train(net, data, settings, label="", track=True, fused=None, checkpoint=None
         fast.keep_memory()
     net.to(device)
     history = []
-    with records.restored_on_error(net) if checkpoint else contextlib.nullcontext():
+    with contextlib.nullcontext() if checkpoint is None else records.restored_on_error(net):
         try:
             trainer = Trainer(net, data, settings, fused)
         except torch.OutOfMemoryError:
             message = f"batch_size is {settings.batch_size}: that takes more than the memory of {device}"
             raise MemoryError(f"{message}; try {max(1, settings.batch_size // 2)}") from None
-        if checkpoint:
+        if checkpoint is not None:
             step = f"fused step of Triton {trainer.fused.triton_version}" if trainer.fused else "PyTorch's step"
             run = records.fingerprint(net, data, settings, track, f"{trainer.dtype}, {step}")
             saved = records.read_checkpoint(checkpoint, run, trainer.steps_per_epoch, trainer.state_dict())
@@ -153,7 +153,7 @@ def train(net, data, settings, label="", track=True, fused=None, checkpoint=None
                 rate = trainer.learning_rates[epoch * trainer.steps_per_epoch - 1].item()
                 values = (epoch, loss, accuracy, tested, rate, seconds, time.perf_counter() - started)
                 history.append(dict(zip(records.HISTORY, values, strict=True)))
-                if checkpoint:
+                if checkpoint is not None:
                     records.write_checkpoint(checkpoint, run, history, trainer.state_dict())
                 message = f"epoch {epoch}, loss {loss:.3f}, train {accuracy:.1f}%"
                 bar.set_postfix_str(message + (f", {data.split} {tested:.1f}%" if track else ""), refresh=False)

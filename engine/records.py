@@ -310,7 +310,7 @@ def _described(value, seen=()):
     if isinstance(value, torch.Tensor):
         return data_hash(value.to_dense())
     if isinstance(value, np.ndarray | np.generic):
-        return str(value.dtype), _digest(value.tolist())
+        return str(value.dtype), _digest(value.tolist()) if value.ndim else repr(value.item())
     if isinstance(value, functools.partial):
         return _described((value.func, value.args, *sorted(value.keywords.items())), seen)
     if isinstance(value, types.CodeType):
@@ -352,6 +352,8 @@ def read_checkpoint(path, fingerprint, steps_per_epoch, like):
     ValueError, which leaves the file, when it is another run's or damaged; TypeError when `path` is no path.
     """
     check_path(path)
+    if not str(path):
+        raise ValueError("checkpoint is ''; name a file")
     advice = "delete it to start anew, or name another file"
     try:
         if (content := read_bytes(path)) is None:

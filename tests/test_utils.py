@@ -146,6 +146,8 @@ def test_a_device_is_picked_by_name(monkeypatch):
         ("tpu", 0, "cpu"),
         ("meta", 1, "cuda, cuda:0, cpu"),
         ("cuda:1", 1, "cuda, cuda:0, cpu"),
+        (0, 2, "cuda, cuda:0, cuda:1, cpu"),
+        ("", 0, "cpu"),
         ("cuda:7", 2, "cuda, cuda:0, cuda:1, cpu"),
     ],
 )
@@ -404,6 +406,10 @@ def test_a_diverged_call_with_a_checkpoint_leaves_the_net_as_before(tiny, tmp_pa
 def test_an_interrupted_call_without_a_checkpoint_keeps_what_was_learned(tiny, monkeypatch):
     net = interrupt(monkeypatch, tiny, None, 1)
     assert not same(utils.build("NetA", LONG).state_dict(), net.state_dict())
+
+
+def test_a_checkpoint_without_a_name_is_refused(tiny):
+    refuses(lambda: trained(tiny, checkpoint=""), "checkpoint is ''; name a file")
 
 
 def test_a_finished_run_is_not_run_again(tiny, tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ MUTATIONS = [
     (
         "a checkpoint is written after each epoch",
         "utils.py",
-        "                if checkpoint:\n",
+        "                if checkpoint is not None:\n",
         "                if checkpoint and epoch == settings.epochs:\n",
         f"{UTILS}::test_an_interrupted_run_resumes_bit_for_bit",
     ),
