@@ -139,14 +139,17 @@ def param_groups(net, weight_decay):
 
 
 def show(value):
-    """Return `repr(value)` for messages; Python has none for whole numbers of 5,000 digits."""
-    return "a number of over 30 digits" if isinstance(value, int) and abs(value) > 10**30 else repr(value)
+    """Return `repr(value)` for messages, in one line of 90 characters; Python has none for numbers of 5,000 digits."""
+    if isinstance(value, int) and abs(value) > 10**30:
+        return "a number of over 30 digits"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 90 else f"{text[:87]}..."
 
 
 def whole_number(name, value, low=1, high=2**32 - 1):
     """Return `value` as an int; ValueError, in one line, unless it is a whole number from `low` to `high`."""
     try:
-        number = None if isinstance(value, bool) else operator.index(value)
+        number = None if isinstance(value, bool) or getattr(value, "dtype", 0) is torch.bool else operator.index(value)
     except TypeError:
         number = None
     if number is None or not low <= number <= high:
@@ -157,7 +160,7 @@ def whole_number(name, value, low=1, high=2**32 - 1):
 def choose(name, value, choices):
     """Return `value`; ValueError, in one line, unless it is one of `choices`."""
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+        raise ValueError(f"{name} is {show(value)}; choose one of {', '.join(choices)}")
     return value
 
 
@@ -165,7 +168,7 @@ def check(norm, groups, widths, classes, in_channels):
     """Raise ValueError, in one line, for arguments that `Net` can't be built from."""
     choose("norm", norm, NORMS)
     if not isinstance(widths, tuple | list) or len(widths) != len(CONVOLUTIONS):
-        raise ValueError(f"widths is {widths!r}; give {len(CONVOLUTIONS)}, one each for {' '.join(CONVOLUTIONS)}")
+        raise ValueError(f"widths is {show(widths)}; give {len(CONVOLUTIONS)}, one each for {' '.join(CONVOLUTIONS)}")
     counts = dict(zip(CONVOLUTIONS, widths, strict=True), groups=groups, classes=classes, in_channels=in_channels)
     for name, count in counts.items():
         whole_number(name, count)

@@ -24,7 +24,7 @@ from engine.data import check_images, normalize
 from engine.figures import COLORS, save_figure, title
 from engine.probe import describe_votes, eval_mode
 from engine.statistics import contrast
-from engine.trainer import OPTIMIZERS, Trainer, takes_fused_step
+from engine.trainer import OPTIMIZERS, Trainer, check_input, check_kind, takes_fused_step
 from models import NORM_OF, choose, show, whole_number
 
 NETS = ("NetA", "NetB", "NetC")
@@ -70,7 +70,7 @@ def pick_device(name=None):
     """Return the torch.device called `name`, or the best of CUDA, MPS and CPU. ValueError for one that is not here."""
     available = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
     available = ["cuda"] * bool(available) + available + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    return torch.device(choose("device", str(name or available[0]), available))
+    return torch.device(choose("device", str(available[0] if name is None else name), available))
 
 
 def run_length(device, seeds=None, epochs=None):
@@ -111,23 +111,24 @@ def train(net, data, settings, label="", track=True, fused=None, checkpoint=None
     test_accuracy (nan unless `track`), learning_rate (of the last step), seconds (of training alone) and elapsed
     (seconds from the start, without pauses). Equal settings, machine, torch, Triton and threads give equal weights.
 
-    ValueError when a batch is larger than the training split, or the checkpoint is damaged or of another run;
+    ValueError, see `engine.trainer.Trainer`, also when the checkpoint is damaged or of another run;
     TypeError unless `net` is a models.Net; MemoryError when a batch takes more than the GPU has; FloatingPointError
     when a gradient is not finite. A call with `checkpoint` that is interrupted leaves `net` as it was before.
     """
     started = time.perf_counter()
+    check_kind(net)
     device = data.images.device
     if device.type == "cpu":
         fast.keep_memory()
     net.to(device)
     history = []
-    with records.restored_on_error(net) if checkpoint else contextlib.nullcontext():
+    with contextlib.nullcontext() if checkpoint is None else records.restored_on_error(net):
         try:
             trainer = Trainer(net, data, settings, fused)
         except torch.OutOfMemoryError:
             message = f"batch_size is {settings.batch_size}: that takes more than the memory of {device}"
             raise MemoryError(f"{message}; try {max(1, settings.batch_size // 2)}") from None
-        if checkpoint:
+        if checkpoint is not None:
             step = f"fused step of Triton {trainer.fused.triton_version}" if trainer.fused else "PyTorch's step"
             run = records.fingerprint(net, data, settings, track, f"{trainer.dtype}, {step}")
             saved = records.read_checkpoint(checkpoint, run, trainer.steps_per_epoch, trainer.state_dict())
@@ -152,7 +153,7 @@ def train(net, data, settings, label="", track=True, fused=None, checkpoint=None
                 rate = trainer.learning_rates[epoch * trainer.steps_per_epoch - 1].item()
                 values = (epoch, loss, accuracy, tested, rate, seconds, time.perf_counter() - started)
                 history.append(dict(zip(records.HISTORY, values, strict=True)))
-                if checkpoint:
+                if checkpoint is not None:
                     records.write_checkpoint(checkpoint, run, history, trainer.state_dict())
                 message = f"epoch {epoch}, loss {loss:.3f}, train {accuracy:.1f}%"
                 bar.set_postfix_str(message + (f", {data.split} {tested:.1f}%" if track else ""), refresh=False)
@@ -176,6 +177,7 @@ def test(net, images, labels):
     `net` keeps its mode, training or eval, module by module.
     """
     check_images(images, labels, classes=getattr(getattr(net, "c11", None), "out_channels", 2**63))
+    check_input(net)
     size = 100 if images.device.type == "cpu" else 2500  # images at once: on a CPU, what its cache holds
     flags = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
     with eval_mode(net), flags, torch.autocast(images.device.type, enabled=False):

@@ -30,10 +30,14 @@ def low_precision_copy(net, dtype):
 
     It also shares modules with buffers, such as running averages, which compute in float32; other norms are copied in
     `dtype`. c3 and c7, where they are plain, come after their pools: the same function for a quarter of the work. The
-    parameters' order is that of `net`.
+    parameters' order is that of `net`. ValueError for a net that can't be copied.
     """
-    copied = copy.deepcopy(net).to(dtype)
-    for name, module in net.named_modules():
+    try:
+        copied = copy.deepcopy(net).to(dtype)
+    except Exception as error:  # of many kinds: what a module holds may be anything
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"net can't be copied ({reason}); remove what can't, such as pruning") from None
+    for name, module in net.named_modules(remove_duplicate=False):  # two layers may share a norm
         if type(module) is nn.BatchNorm2d:
             copied.set_submodule(name, module)
         elif type(module) is nn.GroupNorm and module.affine and not has_own_code(module):
@@ -42,7 +46,7 @@ def low_precision_copy(net, dtype):
             copied.set_submodule(name, InFloat32(module))
     for name, buffer in net.named_buffers(recurse=False):
         setattr(copied, name, buffer)
-    if type(net).forward is not models.Net.forward:
+    if type(net).forward is not models.Net.forward or has_own_code(net):
         return copied
     for (name, conv), (next_name, pool) in itertools.pairwise(list(copied.named_children())):
         plain = type(conv) is nn.Conv2d and equals(conv, nn.Conv2d(conv.in_channels, conv.out_channels, 1))

@@ -748,6 +748,8 @@ def reason_against(net):
             return "its norms have no scale and shift"
         if isinstance(norm, nn.BatchNorm2d) and norm.momentum is None:
             return "its batch norm averages over all batches alike"
+    if len({net.get_submodule(name).norm for name in SIDES}) < len(SIDES):
+        return "layers share a norm"
     if not all(parameter.requires_grad for parameter in net.parameters()):
         return "some of its parameters are frozen"
     if max(net.widths) > 32 or net.c11.out_channels > 128:

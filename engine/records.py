@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import types
+import weakref
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -32,7 +33,10 @@ HISTORY = ("epoch", "loss", "train_accuracy", "test_accuracy", "learning_rate", 
 NON_KEY_COLUMNS = {"parameters", "train_accuracy", "test_accuracy", "validation_accuracy", "test_loss", "seconds"}
 NON_KEY_COLUMNS |= {"device", "torch", "commit", "status", "precision", "step"}
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")  # of a module
+OF_ALL_MODULES = set(vars(torch.nn.Module()))
 PLAIN = bool | int | float | complex | str | bytes | torch.dtype | slice | types.NoneType
+ARRAYS = torch.Tensor | np.ndarray | np.generic
+_at_first = weakref.WeakKeyDictionary()  # the names of each module's attributes, see `attributes`
 _commit = None  # see set_commit
 
 
@@ -239,8 +243,8 @@ def weights_hash(state_dict):
 def fingerprint(net, data, settings, track, precision=None):
     """Return, as numbers and texts, what must be the same for a run to be the same; `net` is not yet trained.
 
-    It can't see functions, globals and objects outside the net's classes (lists and private attributes among them),
-    what a hook does, and what is swapped at run time. ValueError for a buffer that a checkpoint would not hold.
+    It can't see functions, globals and objects outside the net's classes (lists among them), what a hook does, and
+    what is swapped at run time. ValueError for a buffer that a checkpoint would not hold.
     """
     device, weights = data.images.device, net.state_dict()
     for name in (name for name, _ in net.named_buffers() if name not in weights):
@@ -248,7 +252,7 @@ def fingerprint(net, data, settings, track, precision=None):
         raise ValueError(f"the net's buffer {name} would not be in the checkpoint; {advice}")
     described = {  # each of two words, which no setting can be called
         "net's modules": re.sub(r" at 0x[0-9a-fA-F]+", "", repr(net)),
-        "net's attributes": "\n".join(_attributes(net)),
+        "net's attributes": "\n".join(f"{name} {value}" for name, value in attributes(net).items()),
         "training code": _digest((CODE, [_code(module) for module in net.modules()])),
         "torch version": str(torch.__version__),
         "device name": device_name(device),
@@ -265,17 +269,24 @@ def fingerprint(net, data, settings, track, precision=None):
     return described | _plain(asdict(settings))
 
 
-def _attributes(net):
-    """List the plain attributes and the numbers of hooks of each module, a line each."""
-    lines = []
+def attributes(net):
+    """Describe the plain attributes and the numbers of hooks of each module, as {name: text}.
+
+    Left out are None, tensors that were None or absent in the first call for this net, since they are what it keeps of
+    a batch, and those that are computed from parameters.
+    """
+    found = {}
     for path, module in net.named_modules():
-        for name, value in sorted(vars(module).items()):
-            if name in HOOKS and value:
-                lines.append(f"{path or 'net'} has {len(value)} {name}")
-            # None is left out: what the net keeps of a batch is None at first.
-            if isinstance(value, PLAIN | tuple) and value is not None and name[:1] != "_" and name != "training":
-                lines.append(f"{path or 'net'}.{name} {_described(value)!r}")
-    return lines
+        own = {name: value for name, value in vars(module).items() if name not in OF_ALL_MODULES and value is not None}
+        at_first = _at_first.setdefault(module, set(own))
+        for name, value in sorted(own.items()):
+            kept = isinstance(value, torch.Tensor) and (name not in at_first or value.requires_grad)
+            if isinstance(value, PLAIN | ARRAYS | tuple) and not kept:
+                found[f"{path or 'net'}.{name}"] = repr(_described(value))
+        for name in HOOKS:
+            if hooks := getattr(module, name):
+                found[f"{path or 'net'}.{name}"] = f"{len(hooks)} hooks"
+    return found
 
 
 def _code(module):
@@ -296,6 +307,12 @@ def _described(value, seen=()):
         return tuple(_described(item, seen) for item in value)
     if isinstance(value, frozenset):
         return sorted(repr(_described(item, seen)) for item in value)
+    if isinstance(value, torch.Tensor):
+        return data_hash(value.to_dense())
+    if isinstance(value, np.ndarray | np.generic):
+        return str(value.dtype), _digest(value.tolist()) if value.ndim else repr(value.item())
+    if isinstance(value, functools.partial):
+        return _described((value.func, value.args, *sorted(value.keywords.items())), seen)
     if isinstance(value, types.CodeType):
         return value.co_code, value.co_names, _described(value.co_consts, seen)
     if isinstance(value, types.MethodType | staticmethod | classmethod):
@@ -335,6 +352,8 @@ def read_checkpoint(path, fingerprint, steps_per_epoch, like):
     ValueError, which leaves the file, when it is another run's or damaged; TypeError when `path` is no path.
     """
     check_path(path)
+    if not str(path):
+        raise ValueError("checkpoint is ''; name a file")
     advice = "delete it to start anew, or name another file"
     try:
         if (content := read_bytes(path)) is None:
@@ -349,6 +368,7 @@ def read_checkpoint(path, fingerprint, steps_per_epoch, like):
         if not differing:
             _check_progress(found, history, state, steps_per_epoch)
             _check_form(state, like, "state")
+            torch.Generator(like["global_step"].device).set_state(state["generator"])  # a dry run
     except Exception as error:  # of many kinds: cut off, altered, not a checkpoint at all
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"{path} can't be read as a checkpoint ({reason[0]}); {advice}") from None
@@ -405,14 +425,20 @@ def _check_form(value, like, name):
 
 @contextlib.contextmanager
 def restored_on_error(net):
-    """Put the net's weights back when anything is raised inside, KeyboardInterrupt too."""
+    """Put the net's weights, gradients and attributes back when anything is raised inside, KeyboardInterrupt too."""
     before = {name: value.clone() for name, value in net.state_dict().items()}
+    gradients = [(parameter, parameter.grad) for parameter in net.parameters()]
+    attributes = [(vars(module), dict(vars(module))) for module in net.modules()]  # training, too
     try:
         yield
     except BaseException:
         for device in {value.device for value in net.state_dict().values() if value.is_cuda}:
             torch.cuda.synchronize(device)  # enqueued steps would write after us
         net.load_state_dict(before)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        for own, saved in attributes:
+            own.update(saved)
         raise
 
 

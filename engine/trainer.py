@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import models
-from engine import fast
+from engine import fast, records
 from engine.data import crop_and_flip, normalize
 from engine.muon import Muon, fix_filter_norm, fix_tensor_norm, newton_schulz
 
@@ -110,6 +110,25 @@ def reason_against_fused_step(net, device):
     return kernels.reason_against(net) or kernels.reason_against_device(device)
 
 
+def check_kind(net):
+    """Raise TypeError, in one line, unless `net` is a models.Net whose c11 is a Conv2d."""
+    if not isinstance(net, models.Net):
+        kind = f"the class {net.__name__}" if isinstance(net, type) else f"a {type(net).__name__}"
+        raise TypeError(f"net is {kind}; give a models.Net, such as NetA()")
+    if not isinstance(net.c11, torch.nn.Conv2d):
+        raise TypeError(f"c11 is a {type(net.c11).__name__}; give a Conv2d, as in models.Net")
+
+
+def check_input(net):
+    """Raise ValueError, in one line, unless `net` takes color images in float32."""
+    for name, parameter in net.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise ValueError(f"{name} is of {parameter.dtype}; give a net whose parameters are all float32")
+    conv = getattr(getattr(net, "C1", None), "conv", None)
+    if isinstance(conv, torch.nn.Conv2d) and conv.in_channels != 3:
+        raise ValueError(f"in_channels is {conv.in_channels}; the images have 3 colors")
+
+
 @functools.cache
 def print_once(line):
     print(line)
@@ -125,15 +144,12 @@ class Trainer:
     fused    whether to take the step of engine.kernels, see `takes_fused_step`
     stream   number of the CUDA stream: nets that train at the same time need one each
     TypeError for another kind of net, or of c11; ValueError when a batch is larger than the training split, the net has
-    fewer classes than the data, or a parameter is frozen, not float32 or has a hook. Nets with random layers do not
-    resume bit for bit.
+    fewer classes than the data, or a parameter is frozen, not float32 or has a hook, or, at the end of the first epoch,
+    when an attribute that is no buffer has changed. Nets with random layers do not resume bit for bit.
     """
 
     def __init__(self, net, data, settings, fused=None, capture=True, stream=0):
-        if not isinstance(net, models.Net):
-            raise TypeError(f"net is a {type(net).__name__}; give a models.Net, such as NetA()")
-        if not isinstance(net.c11, torch.nn.Conv2d):
-            raise TypeError(f"c11 is a {type(net.c11).__name__}; give a Conv2d, as in models.Net")
+        check_kind(net)
         device = data.images.device
         self.net, self.data, self.settings = net, data, settings
         self.steps_per_epoch = len(data.images) // settings.batch_size
@@ -146,8 +162,9 @@ class Trainer:
             if parameter.dtype != torch.float32 or not parameter.requires_grad:
                 state = f"of {parameter.dtype}" if parameter.requires_grad else "frozen"
                 raise ValueError(f"{name} is {state}; give a net whose parameters are all float32 and trained")
-            if parameter._backward_hooks:
+            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
                 raise ValueError(f"{name} has a hook, which would not be called; remove it")
+        check_input(net)
         net.to(device, memory_format=torch.channels_last).train()
         self.dtype = fast.pick_precision(device)
         self.diverged = torch.zeros((), device=device)  # 1 from the first step on whose gradients are not finite
@@ -163,6 +180,7 @@ class Trainer:
             self.model = fast.low_precision_copy(net, self.dtype)
             pairs = zip(self.model.parameters(), net.parameters(), strict=True)
             self.copied = [(low, master) for low, master in pairs if low is not master]
+        self.attributes = self.model and self.plain_attributes()
         total_steps = self.steps_per_epoch * settings.epochs
         self.learning_rates = schedule(total_steps, settings.learning_rate, settings.warmup, device)
         self.lr = self.learning_rates[0].clone()
@@ -224,7 +242,11 @@ class Trainer:
         with torch.backends.cudnn.flags(enabled=True, deterministic=True):
             loss, accuracy = self.loss(images, labels)
             (LOSS_SCALE * loss).backward()
-        gradients = [low.grad.float() for low in self.model.parameters()]
+        gradients = [low.grad for low in self.model.parameters()]
+        for (name, _), gradient in zip(self.net.named_parameters(), gradients, strict=True):
+            if gradient is None:
+                raise ValueError(f"{name} gets no gradient; give a net that uses all its parameters")
+        gradients = [gradient.float() for gradient in gradients]
         torch._amp_foreach_non_finite_check_and_unscale_(gradients, self.diverged, self.unscale)
         self.lr.copy_(self.learning_rates.index_select(0, self.global_step)[0])
         for parameter, gradient in zip(self.net.parameters(), gradients, strict=True):
@@ -305,6 +327,24 @@ class Trainer:
             with self.on_stream():
                 self.replay()
             yield
+
+        if self.attributes:
+            self.check_attributes()
+
+    def plain_attributes(self):
+        """Return what records.attributes describes, as the model that computes the step has it."""
+        described, of_model = records.attributes(self.net), records.attributes(self.model)
+        return {name: of_model.get(name, text) for name, text in described.items()}
+
+    def check_attributes(self):
+        """Raise ValueError if the first epoch changed a plain attribute: of a copy, and not in a checkpoint."""
+        with self.on_stream():
+            found = self.plain_attributes()
+        for name, text in found.items():
+            if self.attributes.get(name, text) != text:
+                advice = "register it as a buffer and change it in place, or set it to None before training"
+                raise ValueError(f"{name} changes in training, which would be lost; {advice}")
+        self.attributes = None  # later, what `test` leaves would count
 
     def means(self):
         """Return the epoch's mean training loss and accuracy (percent) so far; waits for the GPU."""

@@ -167,6 +167,11 @@ REFUSED = [
     ({"norm": None}, "norm is None; choose one of"),
     ({"norm": []}, "norm is []"),
     ({"norm": nn.BatchNorm2d}, "norm is <class"),
+    ({"norm": "group" * 10**5}, "norm is 'groupgroup"),
+    ({"groups": np.zeros((2, 2), int)}, "groups is array([[0, 0], [0, 0]])"),
+    ({"groups": torch.tensor(True)}, "groups is tensor(True); give a whole number"),
+    ({"groups": np.ones((30, 30))}, "groups is array([[1., 1., "),
+    ({"widths": np.ones((2, 10))}, "widths is array([[1., 1., "),
     ({"groups": 0}, "groups is 0; give a whole number from 1 to"),
     ({"groups": -4}, "groups is -4"),
     ({"groups": 3}, "groups is 3, which does not divide each of the widths [16, 32, 24, 24, 24, 32, 32, 32]; choose one"

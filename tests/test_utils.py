@@ -146,6 +146,8 @@ def test_a_device_is_picked_by_name(monkeypatch):
         ("tpu", 0, "cpu"),
         ("meta", 1, "cuda, cuda:0, cpu"),
         ("cuda:1", 1, "cuda, cuda:0, cpu"),
+        (0, 2, "cuda, cuda:0, cuda:1, cpu"),
+        ("", 0, "cpu"),
         ("cuda:7", 2, "cuda, cuda:0, cuda:1, cpu"),
     ],
 )
@@ -297,10 +299,18 @@ def test_memory_is_kept_from_the_first_run_on_a_cpu_on(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_another_kind_of_net_is_refused_in_one_line(tiny, tmp_path, checkpointed):
-    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10))
+@pytest.mark.parametrize(
+    ("net", "kind"),
+    [
+        (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10)), "a Sequential"),
+        (models.NetA, "the class NetA"),
+        ("NetA", "a str"),
+        (None, "a NoneType"),
+    ],
+)
+def test_another_kind_of_net_is_refused_in_one_line(tiny, tmp_path, checkpointed, net, kind):
     checkpoint = tmp_path / "run.pt" if checkpointed else None
-    with pytest.raises(TypeError, match=r"^net is a Sequential; give a models.Net, such as NetA\(\)$"):
+    with pytest.raises(TypeError, match=rf"^net is {kind}; give a models.Net, such as NetA\(\)$"):
         utils.train(net, tiny, SHORT, checkpoint=checkpoint)
 
 
@@ -396,6 +406,10 @@ def test_a_diverged_call_with_a_checkpoint_leaves_the_net_as_before(tiny, tmp_pa
 def test_an_interrupted_call_without_a_checkpoint_keeps_what_was_learned(tiny, monkeypatch):
     net = interrupt(monkeypatch, tiny, None, 1)
     assert not same(utils.build("NetA", LONG).state_dict(), net.state_dict())
+
+
+def test_a_checkpoint_without_a_name_is_refused(tiny):
+    refuses(lambda: trained(tiny, checkpoint=""), "checkpoint is ''; name a file")
 
 
 def test_a_finished_run_is_not_run_again(tiny, tmp_path, monkeypatch):
@@ -506,6 +520,13 @@ IMAGES, LABELS = torch.zeros(4, 32, 32, 3, dtype=torch.uint8), torch.tensor([0, 
 )
 def test_wrong_images_are_not_scored(images, labels, message):
     refuses(lambda: utils.test(models.NetA(), images, labels), message)
+
+
+def test_a_net_for_other_images_is_not_scored():
+    for net in (models.NetA().half(), models.NetA().double()):
+        kind = net.c11.weight.dtype
+        refuses(lambda net=net: utils.test(net, IMAGES, LABELS), f"C1.conv.weight is of {kind}; give a net whose para")
+    refuses(lambda: utils.test(models.NetA(in_channels=1), IMAGES, LABELS), "in_channels is 1; the images have 3 color")
 
 
 def test_a_net_of_a_hundred_classes_is_scored_on_a_hundred():

@@ -9,6 +9,7 @@ import pickle
 import shutil
 import socketserver
 import subprocess
+import sys
 import tarfile
 import tempfile
 import threading
@@ -469,6 +470,28 @@ def test_the_code_in_a_file_of_cifar100_does_not_run(folder, tmp_path, where):
     assert not (tmp_path / "evil").exists()
     pickle.loads((folder / "train").read_bytes())  # which it does elsewhere
     assert (tmp_path / "evil").exists()
+
+
+class Forged:
+    """Pickled as a call."""
+
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call
+
+
+def test_a_forged_array_of_objects_does_not_crash(tmp_path):
+    """Its bytes count as addresses, so that to look at it ends the process."""
+    dtype = Forged(np.dtype, ("O",), (3, "|", None, None, None, -1, -1, 0))
+    array = Forged(np.ndarray, ((4,), dtype, b"A" * 32))
+    (tmp_path / "train").write_bytes(pickle.dumps({"data": array, "fine_labels": array}, protocol=2))
+    code = "import pathlib; from engine import download; print(download.read_cifar100(pathlib.Path('train')))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "None\n"), done.stderr
 
 
 @pytest.mark.parametrize(

@@ -621,6 +621,16 @@ SEEN = {  # pairs of blocks, with the same weights and repr, that compute someth
     "a text": [with_attribute("mode", "a"), with_attribute("mode", "b")],
     "a switch": [with_attribute("mode", True), with_attribute("mode", 1)],
     "a number type": [with_attribute("mode", torch.float16), with_attribute("mode", torch.float32)],
+    "a tensor": [with_attribute("slope", torch.tensor(0.5)), with_attribute("slope", torch.tensor(0.9))],
+    "a sparse tensor": [with_attribute("slope", torch.eye(2).to_sparse() * n) for n in (1, 2)],
+    "a tensor in a tuple": [with_attribute("shape", (torch.ones(2),)), with_attribute("shape", (torch.zeros(2),))],
+    "a private number": [with_attribute("_slope", 0.5), with_attribute("_slope", 0.9)],
+    "a float32 of NumPy": [with_attribute("slope", np.float32(0.5)), with_attribute("slope", np.float32(0.9))],
+    "a whole number of NumPy": [with_attribute("power", np.int64(2)), with_attribute("power", np.int64(3))],
+    "a long number of NumPy": [with_attribute("slope", np.longdouble(n)) for n in (1, 2)],
+    "an array of NumPy": [with_attribute("slope", np.zeros(2)), with_attribute("slope", np.ones(2))],
+    "a partial": [with_attribute("curve", functools.partial(torch.mul, other=n)) for n in (0.5, 0.9)],
+    "a partial of another function": [with_attribute("curve", functools.partial(f, 2)) for f in (max, min)],
     "a tuple": [Block(), with_attribute("shape", (1, 3))],
     "a function": [with_attribute("curve", torch.relu), with_attribute("curve", torch.sigmoid)],
     "a forward of its own": [with_attribute("forward", lambda x: 2 * x), with_attribute("forward", lambda x: 3 * x)],
@@ -918,12 +928,28 @@ def test_restored_on_error():
     assert not same(net.state_dict(), before)
 
 
+def test_a_failed_call_leaves_modes_gradients_and_attributes():
+    net = altered_net("NetA", lambda block: block.set_submodule("activation", Block())).eval()
+    net.C2.train()
+    gradient = net.c11.bias.grad = torch.ones(10)
+    modes = [module.training for module in net.modules()]
+    with pytest.raises(KeyboardInterrupt), records.restored_on_error(net):  # noqa: PT012
+        net.train()(torch.zeros(2, 3, 32, 32)).sum().backward()
+        net.c11.bias.grad = None
+        raise KeyboardInterrupt
+    assert [module.training for module in net.modules()] == modes
+    assert net.c11.bias.grad is gradient
+    assert net.C1.conv.weight.grad is None
+    assert net.C1.activation.kept is None
+
+
 def test_what_the_nets_own_gpu_still_computes_is_waited_for(monkeypatch):
     """Not the current GPU's: a net on another one is restored under steps that still write."""
     calls, device = [], torch.device("cuda:1")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: calls.append(device))
     value = SimpleNamespace(clone=lambda: None, device=device, is_cuda=True)
     net = SimpleNamespace(state_dict=lambda: {"w": value}, load_state_dict=lambda before: calls.append("restored"))
+    net.parameters = net.modules = list
     with pytest.raises(KeyboardInterrupt), records.restored_on_error(net):
         raise KeyboardInterrupt
     assert calls == [device, "restored"]
@@ -1046,6 +1072,7 @@ INCONSISTENT = {
     "a weight more": put(torch.zeros(1), "state", "net", "C12.conv.weight"),
     "a wrong flip": convert(lambda flip: flip[:-1], "state", "flip"),
     "a wrong generator": convert(lambda state: state[:-1], "state", "generator"),
+    "a generator of zeros": convert(torch.zeros_like, "state", "generator"),
     "no momentum": put({}, "state", "optimizer"),
     "a missing momentum": lambda saved: saved["state"]["optimizer"].pop(0),
     "a momentum of another shape": convert(lambda value: value[:1], "state", "optimizer", 0, "momentum_buffer"),

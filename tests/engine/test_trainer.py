@@ -14,6 +14,7 @@ import torchvision.transforms.v2.functional as TF
 import yaml
 from conftest import RATES
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
@@ -369,6 +370,83 @@ def test_frozen_parameters_and_other_types_are_refused_by_name(small):
     net.c11.weight.register_hook(lambda gradient: 0 * gradient)
     with pytest.raises(ValueError, match=r"^c11.weight has a hook, which would not be called; remove it$"):
         Trainer(net, small, SHORT)
+    net = models.NetA()
+    net.c11.weight.register_post_accumulate_grad_hook(lambda parameter: None)
+    with pytest.raises(ValueError, match=r"^c11.weight has a hook, which would not be called; remove it$"):
+        Trainer(net, small, SHORT)
+
+
+def test_a_net_for_gray_images_is_refused(small):
+    with pytest.raises(ValueError, match=r"^in_channels is 1; the images have 3 colors$"):
+        Trainer(models.NetA(in_channels=1), small, SHORT)
+
+
+def test_a_parameter_without_a_gradient_is_refused_by_name(small):
+    net = models.NetA(widths=NARROW)
+    net.C5.register_parameter("spare", nn.Parameter(torch.ones(1)))
+    with pytest.raises(ValueError, match=r"^C5.spare gets no gradient; give a net that uses all its parameters$"):
+        Trainer(net, small, SHORT).step()
+
+
+def test_a_net_that_can_not_be_copied_is_refused_in_one_line(small):
+    net = models.NetA(widths=NARROW)
+    prune.l1_unstructured(net.C5.conv, "weight", 0.5)
+    with pytest.raises(ValueError, match=r"^net can't be copied \(.+\); remove what can't, such as pruning$"):
+        Trainer(net, small, SHORT)
+
+
+@pytest.mark.parametrize("make", [models.NetA, models.NetB])
+def test_layers_may_share_a_norm(small, float32, make):
+    """The gradient of the shared norm is the sum of both layers'."""
+    net = make(widths=NARROW)
+    net.C5.norm = net.C4.norm
+    plain, trainer = copy.deepcopy(net), Trainer(net, small, replace(SHORT, epochs=1))
+    F.cross_entropy(plain(trainer.batch()[0]), trainer.batch()[1], label_smoothing=0.1).backward()
+    trainer.step()
+    assert torch.allclose(net.C4.norm.weight.grad, plain.C4.norm.weight.grad, rtol=1e-3, atol=1e-6)
+
+
+def update(norm, name, x):
+    """Subtract a running mean that is no buffer."""
+    mean = getattr(norm, name)
+    setattr(norm, name, 0.9 * mean + 0.1 * x.detach().float().mean((0, 2, 3))[:, None, None])
+    return x - mean.to(x.dtype)
+
+
+@pytest.mark.parametrize("private", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_state_in_a_plain_attribute_is_refused_by_name(small, private, shared):
+    """It would be that of the copy, and of no checkpoint."""
+    net = models.NetB(widths=NARROW)
+    name = "_mean" if private else "mean"
+    Norm = type("Norm", (nn.Module,), {"forward": lambda self, x: update(self, name, x)})
+    net.C5.norm = Norm()
+    setattr(net.C5.norm, name, torch.zeros(8, 1, 1))
+    if shared:
+        net.C5.norm.register_buffer("steps", torch.zeros(()))
+    trainer = Trainer(net, small, SHORT)
+    with pytest.raises(ValueError, match=rf"^C5.norm.{name} changes in training, which would be lost; register it as"):
+        run_epoch(trainer)
+
+
+def test_what_a_net_keeps_of_a_batch_is_no_state(small):
+    """None at first. It is there again when the net is trained once more."""
+
+    class Kept(nn.SiLU):
+        kept = None
+
+        def forward(self, x):
+            self.kept = x.detach()
+            return super().forward(x)
+
+    net = models.NetB(widths=NARROW)
+    net.C5.activation = Kept()
+    torch.nn.utils.spectral_norm(net.C6.conv)  # its weight is an attribute, computed in each step
+    for _ in range(2):
+        trainer = Trainer(net, small, SHORT)
+        for _ in range(2):
+            run_epoch(trainer)
+            utils.test(net, small.test_images, small.test_labels)
 
 
 def test_autocast_changes_nothing(small, float32):

@@ -38,7 +38,7 @@ MUTATIONS = [
     (
         "a checkpoint is written after each epoch",
         "utils.py",
-        "                if checkpoint:\n",
+        "                if checkpoint is not None:\n",
         "                if checkpoint and epoch == settings.epochs:\n",
         f"{UTILS}::test_an_interrupted_run_resumes_bit_for_bit",
     ),
@@ -230,8 +230,8 @@ MUTATIONS = [
     (
         "no code in a file of CIFAR-100 runs",
         "engine/download.py",
-        "not in ARRAY_PARTS",
-        "in ()",
+        '!= ("_codecs", "encode")',
+        "== ()",
         f"{DATA}::test_the_code_in_a_file_of_cifar100_does_not_run",
     ),
     (
