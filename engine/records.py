@@ -15,6 +15,7 @@ import subprocess
 import types
 import zipfile
 from dataclasses import asdict
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +77,13 @@ def _text(value):
 
 
 def _key_of(row, key):
-    return tuple(re.sub(r"^(-?\d+)\.0$", r"\1", row.get(name, "")) for name in key)  # 1.0 is 1
+    return tuple(_number(row.get(name, "")) for name in key)
+
+
+@functools.lru_cache(2**16)
+def _number(text):
+    """Return a text of a number as that number: a spreadsheet writes 3E-05 and 0.10 for 3e-05 and 0.1."""
+    return Decimal(text) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,4})?", text) else text
 
 
 def check_writable(path, columns=()):

@@ -113,6 +113,11 @@ def test_numpy_numbers_are_allowed_and_equal_pythons():
     assert {type(value) for value in (given.batch_size, given.epochs, given.seed)} == {int}
 
 
+def test_minus_zero_is_zero():
+    given = asdict(Settings(weight_decay=-0.0, momentum=-0.0, label_smoothing=-0.0))
+    assert [str(given[name]) for name in ("weight_decay", "momentum", "label_smoothing")] == ["0.0"] * 3
+
+
 def test_settings_are_fixed():
     with pytest.raises(FrozenInstanceError):
         Settings().epochs = 5

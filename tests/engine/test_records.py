@@ -114,6 +114,13 @@ def test_whole_numbers_are_one_key_however_they_are_written(path):
         assert len(rows_of(path)) == 2
 
 
+@pytest.mark.parametrize(("old", "new"), [("3E-05", 3e-5), ("0.10", 0.1), (".1", 0.1), ("+1.", 1), ("-0.0", 0.0)])
+def test_numbers_are_one_key_as_a_spreadsheet_writes_them(path, old, new):
+    path.write_text(f"net,learning_rate,seconds\nNetA,{old},1\n")
+    records.upsert(path, [{"net": "NetA", "learning_rate": new, "seconds": 2}])
+    assert [row["seconds"] for row in rows_of(path)] == ["2"]
+
+
 @pytest.mark.parametrize(
     "content",
     [
