@@ -277,8 +277,7 @@ def save_runs(runs, data, folder):
     predictions = torch.stack([one.scores.predictions for one in runs]).numpy()
     records.save_predictions(results / "predictions.npz", name, seeds, predictions, data.test_labels.cpu().numpy())
     records.upsert(results / "runs.csv", [one.row for one in runs])
-    epochs = [{"net": name, "seed": one.row["seed"]} | epoch for one in runs for epoch in one.history]
-    records.upsert(results / "history.csv", pd.DataFrame(epochs).round(5), key={"net": name})
+    records.upsert(results / "history.csv", records.history_table(runs), key={"net": name})
     records.upsert(results / "mistakes.csv", mistakes_table(first, data), key={"net": name})
     weights = {key: value.cpu().contiguous() for key, value in first.net.state_dict().items()}
     files.save_tensors(folder / "weights" / f"{name}.pt", weights)
@@ -289,9 +288,9 @@ def save_runs(runs, data, folder):
 def summarize(rows):
     """Tabulate rows of results/runs.csv, a line per net and setting: accuracies in percent, n seeds.
 
-    Settings in which the rows of a net differ have a column each. Seconds are the median of a run.
+    Settings in which the rows of a net differ have a column each. Seconds are the median of a run. ValueError when there is no row.
     """
-    rows = pd.DataFrame(rows)
+    rows = records.table_of(rows)
     for name in ("train_accuracy", "test_accuracy"):  # without one: runs that diverged, or of the validation split
         rows[name] = pd.to_numeric(rows[name], errors="coerce")
     keys = dict.fromkeys(["net", "norm", "study", "epochs", "augment", "parameters", *records.mixed_settings(rows)])
@@ -310,8 +309,9 @@ def compare(rows, pairs=(("batch", "layer"), ("batch", "group"), ("group", "laye
     """Tabulate differences in test accuracy between norms, in percentage points, with Welch's 95% interval.
 
     ValueError for a norm without rows, rows of several settings or without a test accuracy, and a seed that is twice.
+    Norms may differ in learning rate and weight decay, since these are tuned for each.
     """
-    rows = pd.DataFrame(rows)
+    rows = records.table_of(rows)
     accuracy = {}
     for norm in dict.fromkeys(norm for pair in pairs for norm in pair):
         own = rows[rows["norm"] == norm]
@@ -325,7 +325,8 @@ def compare(rows, pairs=(("batch", "layer"), ("batch", "group"), ("group", "laye
         if accuracy[norm].isna().any():
             raise ValueError(f"a row of {norm} norm has no test accuracy; leave out what diverged or was validated")
     rows = rows[rows["norm"].isin(accuracy)]
-    for name in ("study", "dataset", "epochs", "augment", "train_images", "split"):
+    settings = [name for name in Settings.__dataclass_fields__ if name not in ("learning_rate", "weight_decay", "seed")]
+    for name in ("study", "dataset", "train_images", "split", *settings):
         if name in rows and rows[name].nunique() > 1:
             raise ValueError(f"rows to compare differ in {name}: {', '.join(map(str, rows[name].unique()))}")
     lines = []

@@ -172,6 +172,20 @@ def statistics_columns(norm, groups, batch_size):
     }
 
 
+def table_of(rows):
+    """Return rows of results/runs.csv as a DataFrame; ValueError when there is none."""
+    if (table := pd.DataFrame(rows)).empty:
+        raise ValueError("rows are empty; give rows of results/runs.csv")
+    return table
+
+
+def history_table(runs):
+    """Tabulate the runs' histories, a line per epoch: 5 decimals, of learning rates 5 significant digits."""
+    epochs = [{"net": one.row["net"], "seed": one.row["seed"]} | epoch for one in runs for epoch in one.history]
+    rates = [float(f"{epoch['learning_rate']:.5g}") for epoch in epochs]
+    return pd.DataFrame(epochs).round(5).assign(**{"learning_rate": rates} if epochs else {})
+
+
 def mixed_settings(rows):
     """List the columns of settings, without the seed, in which rows of results/runs.csv of one net differ."""
     settings = rows.columns.difference(NON_KEY_COLUMNS | {"seed", "net"}, sort=False)

@@ -744,6 +744,15 @@ def test_confidences_are_saved_with_four_digits(tiny, two_runs, tmp_path):
     assert (texts.str.len() == 6).any()
 
 
+def test_small_learning_rates_are_saved_with_five_digits(tiny, two_runs, tmp_path):
+    run, _ = two_runs[0]
+    history = [run.history[0] | {"learning_rate": rate} for rate in (2.87654321e-6, 0.014990000426769257)]
+    utils.save_runs([replace(run, history=history)], tiny, tmp_path)
+    texts = pd.read_csv(tmp_path / "results" / "history.csv", dtype=str)
+    assert texts["learning_rate"].tolist() == ["2.8765e-06", "0.01499"]
+    assert texts["loss"][0] == str(round(run.history[0]["loss"], 5))
+
+
 def row_of(net, seed, accuracy, **changes):
     row = {"study": "main", "net": net, "norm": models.NORM_OF[net], "split": "test", "seed": seed, "epochs": 20}
     row |= {"augment": "none", "weight_decay": 0.5, "learning_rate": 0.06 if net == "NetA" else 0.03}
@@ -838,10 +847,28 @@ def test_comparison_is_in_percentage_points():
             rows_of("NetA", [86.0]) + rows_of("NetB", [85.0]) + [row_of("NetB", 1, 88.0, weight_decay=0.1)],
             "the rows of layer norm differ in weight_decay; compare rows of one setting",
         ),
+        (
+            rows_of("NetA", [86.0], optimizer="sgd") + rows_of("NetB", [85.0], optimizer="muon"),
+            "rows to compare differ in optimizer: sgd, muon",
+        ),
+        (
+            rows_of("NetA", [86.0], batch_size=500) + rows_of("NetB", [85.0], batch_size=50),
+            "rows to compare differ in batch_size: 500, 50",
+        ),
+        ([], "rows are empty; give rows of results/runs.csv"),
     ],
 )
 def test_rows_that_cannot_be_compared_are_refused(rows, message):
     refuses(lambda: utils.compare(rows, [("batch", "layer")]), message)
+
+
+def test_norms_that_are_compared_may_have_been_tuned():
+    rows = rows_of("NetA", [86.0], weight_decay=0.1) + rows_of("NetB", [85.0], learning_rate=0.01)
+    assert utils.compare(rows, [("batch", "layer")]).loc["batch minus layer", "points"] == 1.0
+
+
+def test_no_rows_are_not_summarized():
+    refuses(lambda: utils.summarize([]), "rows are empty; give rows of results/runs.csv")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
