@@ -275,7 +275,8 @@ def save_runs(runs, data, folder):
     records.check_runs(runs, data, folder)
     first, name, seeds = runs[0], runs[0].row["net"], [one.row["seed"] for one in runs]
     predictions = torch.stack([one.scores.predictions for one in runs]).numpy()
-    records.save_predictions(results / "predictions.npz", name, seeds, predictions, data.test_labels.cpu().numpy())
+    labels, images = data.test_labels.cpu().numpy(), records.test_hash(data)
+    records.save_predictions(results / "predictions.npz", name, seeds, predictions, labels, images)
     records.upsert(results / "runs.csv", [one.row for one in runs])
     records.upsert(results / "history.csv", records.history_table(runs), key={"net": name})
     records.upsert(results / "mistakes.csv", mistakes_table(first, data), key={"net": name})

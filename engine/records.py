@@ -98,31 +98,41 @@ def check_writable(path, columns=()):
             raise ValueError(f"{path} has a column {name!r}, which tells rows apart and new rows lack; delete it")
 
 
-def save_predictions(path, net, seeds, predictions, labels):
+def test_hash(data):
+    """Return a hash of the test images and labels, which tells data sets apart whatever they are called."""
+    return data_hash(data.test_images, data.test_labels)
+
+
+def save_predictions(path, net, seeds, predictions, labels, data):
     """Save the classes that a net's runs predict, (seeds, N), beside those of other nets and the true ones, (N,).
 
-    Replaces what is there of this net. ValueError when the file holds other labels, or is damaged.
+    Replaces what is there of this net. ValueError when the file is of other labels or data (their `test_hash`), or is
+    damaged.
     """
     with replacement(path) as (target, temporary):
-        arrays = read_predictions(target, labels) | {"labels": labels, net: predictions, f"{net} seeds": seeds}
+        arrays = read_predictions(target, labels, data) | {"labels": labels, net: predictions, f"{net} seeds": seeds}
+        arrays["data"] = np.array(data)
         for name, value in arrays.items():
-            if not name.endswith(" seeds"):  # bytes, up to 256 classes; an image's seeds side by side compress well
+            if name != "data" and not name.endswith(" seeds"):  # bytes, up to 256 classes; an image's seeds side by side compress well
                 arrays[name] = np.asfortranarray(value, np.min_scalar_type(value.max()))
         with open(temporary, "wb") as file:
             np.savez_compressed(file, **arrays)
 
 
-def read_predictions(path, labels=None):
-    """Return the arrays of `save_predictions` by name, none when absent. ValueError as there."""
+def read_predictions(path, labels=None, data=None):
+    """Return the arrays of `save_predictions` by name, none when absent. ValueError as there; None allows any."""
     if (content := read_bytes(path)) is None:
         return {}
     try:
         found = dict(np.load(io.BytesIO(content), allow_pickle=False))
         images, other = len(found["labels"]), labels is not None and not np.array_equal(found["labels"], labels)
+        there = str(found.get("data", data))  # files of earlier versions lack it
     except Exception:  # of many kinds
         raise ValueError(f"{path} is no whole file of predictions; delete it") from None
     if other:
         raise ValueError(f"{path} holds predictions for {images} images with other labels; name another folder")
+    if data is not None and there != data:
+        raise ValueError(f"{path} holds predictions for {images} other images; name another folder")
     return found
 
 
@@ -134,7 +144,7 @@ def check_folder(folder, row, data):
     check_writable(results / "mistakes.csv")
     for path in (results / "predictions.npz", folder / "weights" / f"{row['net']}.pt"):
         files.check_writable(path)
-    read_predictions(results / "predictions.npz", data.test_labels.cpu().numpy())
+    read_predictions(results / "predictions.npz", data.test_labels.cpu().numpy(), test_hash(data))
 
 
 def check_runs(runs, data, folder):

@@ -169,7 +169,7 @@ def load(path):
 
 def check_predictions(predictions, rows):
     """Refused unless the predictions are those of ten seeds, and as often right as the rows say."""
-    names = {"labels", *(f"{net}{end}" for net in utils.NETS for end in ("", " seeds"))}
+    names = {"data", "labels", *(f"{net}{end}" for net in utils.NETS for end in ("", " seeds"))}
     if predictions.keys() != names:
         raise Refused(f"it holds {', '.join(predictions)}; {', '.join(sorted(names))} are published")
     for net in utils.NETS:
@@ -189,6 +189,8 @@ def check_weights(folder, predictions, data):
     with naming(folder / "results" / "predictions.npz"):
         if predictions["labels"].tolist() != data.test_labels.tolist():
             raise Refused("its labels are not those of CIFAR-10's test images")
+        if predictions["data"] != records.test_hash(data):
+            raise Refused("it is of other images than CIFAR-10's test images")
     for net in utils.NETS:
         with naming(folder / "weights" / f"{net}.pt") as path:
             scores = utils.test(load(path).to(data.images.device), data.test_images, data.test_labels)

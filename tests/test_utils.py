@@ -670,6 +670,21 @@ def test_a_folder_of_other_data_is_refused_before_training(tiny, two_runs, tmp_p
     assert contents(tmp_path) == before
 
 
+def test_a_folder_of_other_images_with_these_labels_is_refused_before_training(tiny, two_runs, tmp_path, monkeypatch):
+    utils.save_runs(two_runs[0], tiny, tmp_path)
+    before = contents(tmp_path)
+    monkeypatch.setattr(Trainer, "step", lambda trainer: pytest.fail("it was trained"))
+    gray = tiny.test_images.float().mean(3, keepdim=True).byte().expand(-1, -1, -1, 3).contiguous()
+    for other in (replace(tiny, test_images=gray, name="gray"), replace(tiny, test_images=255 - tiny.test_images)):
+        runs = [replace(one, row=one.row | {"dataset": other.name}) for one in two_runs[0]]
+        for call in (
+            lambda other=other: utils.run("NetB", other, SHORT, checkpoints=tmp_path / "checkpoints"),
+            lambda other=other, runs=runs: utils.save_runs(runs, other, tmp_path),
+        ):
+            refuses(call, f"{tmp_path}/results/predictions.npz holds predictions for 50 other images; name another")
+    assert contents(tmp_path) == before
+
+
 def test_a_column_that_rows_lack_is_refused_before_training(tiny, two_runs, tmp_path, monkeypatch):
     utils.save_runs(two_runs[0], tiny, tmp_path)
     rows = pd.read_csv(tmp_path / "results" / "runs.csv")

@@ -88,7 +88,7 @@ def predict(folder, **changes):
     """Write predictions of ten seeds that are wrong for the first three images, with arrays in place of theirs."""
     labels = np.full(10_000, 3, np.uint8)
     wrong = np.where(np.arange(10_000) < 3, 5, labels).astype(np.uint8)
-    arrays = {"labels": labels} | {f"{net} seeds": np.arange(10) for net in utils.NETS}
+    arrays = {"labels": labels, "data": np.array("0123456789abcdef")} | {f"{net} seeds": np.arange(10) for net in utils.NETS}
     arrays |= {net: np.tile(wrong, (10, 1)) for net in utils.NETS} | changes
     np.savez_compressed(folder / "results" / "predictions.npz", **{k: v for k, v in arrays.items() if v is not None})
 
@@ -468,7 +468,7 @@ def test_swapped_weights_are_refused(finished, real, monkeypatch):
     refuse(finished, "predictions.npz: its labels are not those of CIFAR-10's test images")
     rows, arrays, mistakes = (
         read_texts(folder / "results" / "runs.csv"),
-        {"labels": real.test_labels.byte().numpy()},
+        {"labels": real.test_labels.byte().numpy(), "data": np.array(records.test_hash(real))},
         [],
     )
     for net in utils.NETS:
@@ -487,6 +487,9 @@ def test_swapped_weights_are_refused(finished, real, monkeypatch):
         shutil.copy(ROOT / "weights" / f"{other}.pt", folder / "weights" / f"{net}.pt")
         refuse(finished, rf"{net}.pt: it predicts another class than its seed 0 did for \d{{4}} of 10000 test images")
         shutil.copy(ROOT / "weights" / f"{net}.pt", folder / "weights")
+    predict(folder, **arrays | {"data": np.array("0123456789abcdef")})
+    refuse(finished, "predictions.npz: it is of other images than CIFAR-10's test images")
+    predict(folder, **arrays)
     publish.publish(folder, root=finished[1])
 
 
