@@ -269,7 +269,8 @@ def save_runs(runs, data, folder):
     """Write one net's runs under `folder`: rows, histories, predictions, and the first seed's weights and mistakes.
 
     They replace what is there of this net; only rows of other settings stay. Removes the runs' checkpoints, in
-    folder/checkpoints. ValueError, before anything is written, for a folder with runs of other data.
+    folder/checkpoints. ValueError, before anything is written, for a folder with runs of other data and for those that
+    `engine.files.output_folder` refuses, such as a checkout with its published results.
     """
     folder, results, runs = Path(folder), Path(folder) / "results", sorted(runs, key=lambda one: one.row["seed"])
     records.check_runs(runs, data, folder)

@@ -127,8 +127,10 @@ def read_bytes(path):
         return None
 
 
-def output_folder(path):
+def output_folder(path, create=True):
     """Create an output folder with subfolders results, img, weights and checkpoints, and return it, resolved.
+
+    create  False checks the same and changes nothing
 
     ValueError when it can't be written, is a checkout (a folder in one, such as out/, is fine), holds this one, is the
     home folder or "/", is inside a .git, or links from it lead into a checkout; also when it is no str or Path.
@@ -150,7 +152,8 @@ def output_folder(path):
                 raise OSError(f"{place} leads to {end}, in a checkout")
         for subfolder in subfolders:
             _check_writable(Path(os.path.realpath(subfolder / "file")))
-            subfolder.mkdir(parents=True, exist_ok=True)
+            if create:
+                subfolder.mkdir(parents=True, exist_ok=True)
     except (OSError, TypeError, ValueError) as error:
         raise ValueError(f"{str(path)!r} can't be the output folder: {error}; choose another, such as 'out'") from None
     return folder

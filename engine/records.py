@@ -138,6 +138,7 @@ def read_predictions(path, labels=None, data=None):
 
 def check_folder(folder, row, data):
     """Raise what saving runs with this row's settings on `data` in `folder` would; change nothing."""
+    files.output_folder(folder, create=False)
     results = folder / "results"
     check_writable(results / "runs.csv", row)
     check_writable(results / "history.csv")

@@ -685,6 +685,20 @@ def test_a_folder_of_other_images_with_these_labels_is_refused_before_training(t
     assert contents(tmp_path) == before
 
 
+def test_nothing_is_saved_over_published_results(tiny, two_runs, tmp_path, monkeypatch):
+    utils.save_runs(two_runs[0], tiny, tmp_path)
+    (tmp_path / "models.py").touch()
+    before = contents(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Trainer, "step", lambda trainer: pytest.fail("it was trained"))
+    for call in (
+        lambda: utils.run("NetB", tiny, SHORT, checkpoints="checkpoints"),
+        lambda: utils.save_runs(two_runs[0], tiny, "."),
+    ):
+        refuses(call, f"'.' can't be the output folder: {tmp_path} holds other things; choose another")
+    assert contents(tmp_path) == before
+
+
 def test_a_column_that_rows_lack_is_refused_before_training(tiny, two_runs, tmp_path, monkeypatch):
     utils.save_runs(two_runs[0], tiny, tmp_path)
     rows = pd.read_csv(tmp_path / "results" / "runs.csv")
