@@ -290,7 +290,7 @@ def save_runs(runs, data, folder):
 def summarize(rows):
     """Tabulate rows of results/runs.csv, a line per net and setting: accuracies in percent, n seeds.
 
-    Settings in which the rows of a net differ have a column each. Seconds are the median of a run. ValueError when there is no row.
+    Settings in which the rows of a net differ have a column each. Seconds are the median of a run. ValueError for none.
     """
     rows = records.table_of(rows)
     for name in ("train_accuracy", "test_accuracy"):  # without one: runs that diverged, or of the validation split

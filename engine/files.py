@@ -8,7 +8,9 @@ import errno
 import io
 import os
 import secrets
+import signal
 import stat
+import threading
 from pathlib import Path
 
 import torch
@@ -84,6 +86,22 @@ def rollback_on_error(paths):
             elif read_bytes(path) != content:
                 save(path, lambda temporary, content=content: temporary.write_bytes(content))
         raise
+
+
+@contextlib.contextmanager
+def signals_deferred():
+    """Hold back Ctrl-C, SIGTERM and SIGHUP until what is inside has ended. SIGKILL can't be held back."""
+    caught, before = [], {}
+    if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
+            before[name] = signal.signal(getattr(signal, name), lambda number, frame: caught.append(number))
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler or signal.SIG_DFL)
+        for number in caught[:1]:
+            signal.raise_signal(number)
 
 
 def check_path(path):

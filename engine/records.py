@@ -113,7 +113,8 @@ def save_predictions(path, net, seeds, predictions, labels, data):
         arrays = read_predictions(target, labels, data) | {"labels": labels, net: predictions, f"{net} seeds": seeds}
         arrays["data"] = np.array(data)
         for name, value in arrays.items():
-            if name != "data" and not name.endswith(" seeds"):  # bytes, up to 256 classes; an image's seeds side by side compress well
+            # Bytes, up to 256 classes; an image's seeds side by side compress well.
+            if name != "data" and not name.endswith(" seeds"):
                 arrays[name] = np.asfortranarray(value, np.min_scalar_type(value.max()))
         with open(temporary, "wb") as file:
             np.savez_compressed(file, **arrays)

@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -40,6 +41,7 @@ TABLES = {  # the columns that their checks need
     "mistakes": ["net", "index", "true", "predicted", "confidence"],
     "inside": ["net", "images", "layer", "spread"],
 }
+NOTEBOOK, ROWS = "s8.ipynb", "results/runs.csv"
 COPIES = [f"img/{norm}.png" for norm in ("batch", "layer", "group")] + [f"weights/{net}.pt" for net in utils.NETS]
 COPIES += ["results/predictions.npz", *(f"results/{name}.csv" for name in TABLES if name != "runs")]
 
@@ -202,22 +204,33 @@ def check_weights(folder, predictions, data):
 def publish(folder, commit=None, root=ROOT):
     """Check what a run left in `folder`, then copy it to the checkout `root`; nothing is copied unless all is right."""
     folder = folder.resolve()
-    notebook, table = "s8.ipynb", "results/runs.csv"
-    for file in (*COPIES, notebook, table):
-        if not (folder / file).is_file():
-            raise Refused(f"{folder / file} is not there")
-        if (folder / file).resolve() != folder / file:
-            raise Refused(f"{folder / file} is a symbolic link, or in one")
-    with naming(folder / table) as path:
+    with tempfile.TemporaryDirectory() as snapshot:  # so that what is published is what was checked
+        for file in (*COPIES, NOTEBOOK, ROWS):
+            if not (folder / file).is_file():
+                raise Refused(f"{folder / file} is not there")
+            if (folder / file).resolve() != folder / file:
+                raise Refused(f"{folder / file} is a symbolic link, or in one")
+            with naming(folder / file):
+                Path(snapshot, file).parent.mkdir(exist_ok=True)
+                Path(snapshot, file).write_bytes((folder / file).read_bytes())
+        try:
+            publish_snapshot(Path(snapshot), commit, root)
+        except Refused as error:
+            raise Refused(str(error).replace(snapshot, str(folder))) from None
+
+
+def publish_snapshot(folder, commit, root):
+    """Do `publish` of files that nobody else writes."""
+    with naming(folder / ROWS) as path:
         rows = check_rows(read_table(path, [*TABLES["runs"], *published_columns("NetA")]), commit)
     with naming(folder / "results" / "predictions.npz") as path:
         predictions = records.read_predictions(path)
     for file in COPIES:
         with naming(folder / file) as path:
             check_file(path, rows, predictions)
-    with naming(root / notebook):
+    with naming(root / NOTEBOOK):
         original = committed(root)
-    with naming(folder / notebook) as path:
+    with naming(folder / NOTEBOOK) as path:
         executed = nbformat.read(path, as_version=4)
         check_source(executed, original, SEEDS)
         content = f"{nbformat.writes(check_notebook(executed))}\n".encode()
@@ -225,12 +238,14 @@ def publish(folder, commit=None, root=ROOT):
         check_weights(folder, predictions, load_data(utils.pick_device(), "cifar10", root / "data"))
     except OSError as error:
         print(f"weights are not scored: {error}")
-    with naming(root), files.rollback_on_error([root / file for file in (*COPIES, notebook, table)]):
+    replaced = [root / file for file in (*COPIES, NOTEBOOK, ROWS)]
+    with naming(root), contextlib.ExitStack() as signals, files.rollback_on_error(replaced):
         with contextlib.ExitStack() as targets:  # which are replaced on leaving, unless writing one failed
-            for file in (*COPIES, notebook):
+            for file in (*COPIES, NOTEBOOK):
                 _, temporary = targets.enter_context(files.replacement(root / file))
-                temporary.write_bytes(content if file == notebook else (folder / file).read_bytes())
-        records.upsert(root / table, rows, key=["study", "net", "seed"])  # in place of all that was published before
+                temporary.write_bytes(content if file == NOTEBOOK else (folder / file).read_bytes())
+            signals.enter_context(files.signals_deferred())  # until all are replaced, or all are as they were
+        records.upsert(root / ROWS, rows, key=["study", "net", "seed"])  # in place of all that was published before
 
 
 def main(arguments=None):

@@ -5,6 +5,7 @@ import contextlib
 import io
 import os
 import shutil
+import signal
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
@@ -14,14 +15,14 @@ import numpy as np
 import papermill
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, child
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
 import hubconf
 import models
 import utils
-from engine import records
+from engine import files, records
 from experiments import notebook as notebooks
 from experiments import publish
 from experiments.notebook import Refused, check_notebook
@@ -88,7 +89,8 @@ def predict(folder, **changes):
     """Write predictions of ten seeds that are wrong for the first three images, with arrays in place of theirs."""
     labels = np.full(10_000, 3, np.uint8)
     wrong = np.where(np.arange(10_000) < 3, 5, labels).astype(np.uint8)
-    arrays = {"labels": labels, "data": np.array("0123456789abcdef")} | {f"{net} seeds": np.arange(10) for net in utils.NETS}
+    arrays = {"labels": labels, "data": np.array("0123456789abcdef")}
+    arrays |= {f"{net} seeds": np.arange(10) for net in utils.NETS}
     arrays |= {net: np.tile(wrong, (10, 1)) for net in utils.NETS} | changes
     np.savez_compressed(folder / "results" / "predictions.npz", **{k: v for k, v in arrays.items() if v is not None})
 
@@ -512,6 +514,65 @@ def test_a_failure_while_files_are_replaced_leaves_all_as_they_were(finished, mo
     with pytest.raises(Refused if isinstance(error, OSError) else KeyboardInterrupt):
         publish.publish(folder, root=root)
     assert contents(root) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("call", [1, 5, len(FILES) + 2])
+def test_signals_wait_until_all_files_are_replaced(finished, number, call):
+    folder, root = finished
+    for file in FILES:
+        (root / file).write_bytes(b"published before")
+    replace, calls = os.replace, []
+
+    def interrupted(*paths):
+        replace(*paths)
+        calls.append(paths)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+
+    def publishing():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.replace = interrupted
+        publish.publish(folder, root=root)
+
+    assert os.waitstatus_to_exitcode(os.waitpid(child(publishing), 0)[1]) == -number
+    assert all((root / file).read_bytes() == (folder / file).read_bytes() for file in FILES)
+    assert {COMMIT} == set(read_texts(root / "results" / "runs.csv").query("study == 'main'")["commit"])
+    assert not list(root.rglob(".*.part*"))
+
+
+def test_signals_wait_until_all_files_are_put_back(finished, monkeypatch):
+    folder, root = finished
+    for file in FILES:
+        (root / file).write_bytes(b"published before")
+    before, save = contents(root), files.save
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        save(*arguments)
+
+    def failing(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "save", interrupted)
+    monkeypatch.setattr(records, "upsert", failing)
+    with pytest.raises(KeyboardInterrupt):
+        publish.publish(folder, root=root)
+    assert contents(root) == before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_what_is_published_is_what_was_checked(finished, monkeypatch):
+    folder, root = finished
+    before, rollback = (folder / "weights" / "NetA.pt").read_bytes(), files.rollback_on_error
+
+    def swapped(paths):
+        (folder / "weights" / "NetA.pt").write_bytes(b"others")
+        return rollback(paths)
+
+    monkeypatch.setattr(files, "rollback_on_error", swapped)
+    publish.publish(folder, root=root)
+    assert (root / "weights" / "NetA.pt").read_bytes() == before
 
 
 @pytest.mark.parametrize("file", ["img/batch.png", "results/inside.csv", "s8.ipynb", "results/runs.csv"])
