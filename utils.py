@@ -58,7 +58,7 @@ class Settings:
                 raise ValueError(f"{name} is {show(value)}; give a number from 0 to {high}")
             if value == 0 and name in ("learning_rate", "warmup", *["momentum"] * (self.optimizer in ("sgd", "sgdw"))):
                 raise ValueError(f"{name} is 0; give a number above 0")
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, value + 0)  # -0.0 is 0.0
         for name, low in (("batch_size", 1), ("epochs", 1), ("seed", 0)):
             object.__setattr__(self, name, whole_number(name, getattr(self, name), low))
         object.__setattr__(self, "crop", whole_number("crop", self.crop, 0, 16))
@@ -271,16 +271,17 @@ def save_runs(runs, data, folder):
     """Write one net's runs under `folder`: rows, histories, predictions, and the first seed's weights and mistakes.
 
     They replace what is there of this net; only rows of other settings stay. Removes the runs' checkpoints, in
-    folder/checkpoints. ValueError, before anything is written, for a folder with runs of other data.
+    folder/checkpoints. ValueError, before anything is written, for a folder with runs of other data and for those that
+    `engine.files.output_folder` refuses, such as a checkout with its published results.
     """
     folder, results, runs = Path(folder), Path(folder) / "results", sorted(runs, key=lambda one: one.row["seed"])
     records.check_runs(runs, data, folder)
     first, name, seeds = runs[0], runs[0].row["net"], [one.row["seed"] for one in runs]
     predictions = torch.stack([one.scores.predictions for one in runs]).numpy()
-    records.save_predictions(results / "predictions.npz", name, seeds, predictions, data.test_labels.cpu().numpy())
+    labels, images = data.test_labels.cpu().numpy(), records.test_hash(data)
+    records.save_predictions(results / "predictions.npz", name, seeds, predictions, labels, images)
     records.upsert(results / "runs.csv", [one.row for one in runs])
-    epochs = [{"net": name, "seed": one.row["seed"]} | epoch for one in runs for epoch in one.history]
-    records.upsert(results / "history.csv", pd.DataFrame(epochs).round(5), key={"net": name})
+    records.upsert(results / "history.csv", records.history_table(runs), key={"net": name})
     records.upsert(results / "mistakes.csv", mistakes_table(first, data), key={"net": name})
     weights = {key: value.cpu().contiguous() for key, value in first.net.state_dict().items()}
     files.save_tensors(folder / "weights" / f"{name}.pt", weights)
@@ -291,9 +292,9 @@ def save_runs(runs, data, folder):
 def summarize(rows):
     """Tabulate rows of results/runs.csv, a line per net and setting: accuracies in percent, n seeds.
 
-    Settings in which the rows of a net differ have a column each. Seconds are the median of a run.
+    Settings in which the rows of a net differ have a column each. Seconds are the median of a run. ValueError for none.
     """
-    rows = pd.DataFrame(rows)
+    rows = records.table_of(rows)
     for name in ("train_accuracy", "test_accuracy"):  # without one: runs that diverged, or of the validation split
         rows[name] = pd.to_numeric(rows[name], errors="coerce")
     keys = dict.fromkeys(["net", "norm", "study", "epochs", "augment", "parameters", *records.mixed_settings(rows)])
@@ -312,8 +313,9 @@ def compare(rows, pairs=(("batch", "layer"), ("batch", "group"), ("group", "laye
     """Tabulate differences in test accuracy between norms, in percentage points, with Welch's 95% interval.
 
     ValueError for a norm without rows, rows of several settings or without a test accuracy, and a seed that is twice.
+    Norms may differ in learning rate and weight decay, since these are tuned for each.
     """
-    rows = pd.DataFrame(rows)
+    rows = records.table_of(rows)
     accuracy = {}
     for norm in dict.fromkeys(norm for pair in pairs for norm in pair):
         own = rows[rows["norm"] == norm]
@@ -327,7 +329,8 @@ def compare(rows, pairs=(("batch", "layer"), ("batch", "group"), ("group", "laye
         if accuracy[norm].isna().any():
             raise ValueError(f"a row of {norm} norm has no test accuracy; leave out what diverged or was validated")
     rows = rows[rows["norm"].isin(accuracy)]
-    for name in ("study", "dataset", "epochs", "augment", "train_images", "split"):
+    settings = [name for name in Settings.__dataclass_fields__ if name not in ("learning_rate", "weight_decay", "seed")]
+    for name in ("study", "dataset", "train_images", "split", *settings):
         if name in rows and rows[name].nunique() > 1:
             raise ValueError(f"rows to compare differ in {name}: {', '.join(map(str, rows[name].unique()))}")
     lines = []

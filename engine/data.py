@@ -51,6 +51,9 @@ class Data:
         check_images(self.test_images, self.test_labels, "test_images", len(self.classes))
         if self.test_images.device != self.images.device:
             raise ValueError(f"test_images are on {self.test_images.device}, images on {self.images.device}; move one")
+        for text in map(str, (self.name, *self.classes)):  # they go into tables, which don't keep the others
+            if text != text.strip() or not text.isprintable():
+                raise ValueError(f"a name is {text!r}; give text in one line, without space around it")
 
     @property
     def synthetic(self):

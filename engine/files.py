@@ -8,7 +8,9 @@ import errno
 import io
 import os
 import secrets
+import signal
 import stat
+import threading
 from pathlib import Path
 
 import torch
@@ -86,6 +88,22 @@ def rollback_on_error(paths):
         raise
 
 
+@contextlib.contextmanager
+def signals_deferred():
+    """Hold back Ctrl-C, SIGTERM and SIGHUP until what is inside has ended. SIGKILL can't be held back."""
+    caught, before = [], {}
+    if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
+            before[name] = signal.signal(getattr(signal, name), lambda number, frame: caught.append(number))
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler or signal.SIG_DFL)
+        for number in caught[:1]:
+            signal.raise_signal(number)
+
+
 def check_path(path):
     """Raise TypeError unless `path` is a str or a Path, which a number is not: it would be a file descriptor."""
     if not isinstance(path, str | os.PathLike):
@@ -127,8 +145,10 @@ def read_bytes(path):
         return None
 
 
-def output_folder(path):
+def output_folder(path, create=True):
     """Create an output folder with subfolders results, img, weights and checkpoints, and return it, resolved.
+
+    create  False checks the same and changes nothing
 
     ValueError when it can't be written, is a checkout (a folder in one, such as out/, is fine), holds this one, is the
     home folder or "/", is inside a .git, or links from it lead into a checkout; also when it is no str or Path.
@@ -150,7 +170,8 @@ def output_folder(path):
                 raise OSError(f"{place} leads to {end}, in a checkout")
         for subfolder in subfolders:
             _check_writable(Path(os.path.realpath(subfolder / "file")))
-            subfolder.mkdir(parents=True, exist_ok=True)
+            if create:
+                subfolder.mkdir(parents=True, exist_ok=True)
     except (OSError, TypeError, ValueError) as error:
         raise ValueError(f"{str(path)!r} can't be the output folder: {error}; choose another, such as 'out'") from None
     return folder

@@ -16,6 +16,7 @@ import types
 import weakref
 import zipfile
 from dataclasses import asdict
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,13 @@ def _text(value):
 
 
 def _key_of(row, key):
-    return tuple(re.sub(r"^(-?\d+)\.0$", r"\1", row.get(name, "")) for name in key)  # 1.0 is 1
+    return tuple(_number(row.get(name, "")) for name in key)
+
+
+@functools.lru_cache(2**16)
+def _number(text):
+    """Return a text of a number as that number: a spreadsheet writes 3E-05 and 0.10 for 3e-05 and 0.1."""
+    return Decimal(text) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,4})?", text) else text
 
 
 def check_writable(path, columns=()):
@@ -95,43 +102,55 @@ def check_writable(path, columns=()):
             raise ValueError(f"{path} has a column {name!r}, which tells rows apart and new rows lack; delete it")
 
 
-def save_predictions(path, net, seeds, predictions, labels):
+def test_hash(data):
+    """Return a hash of the test images and labels, which tells data sets apart whatever they are called."""
+    return data_hash(data.test_images, data.test_labels)
+
+
+def save_predictions(path, net, seeds, predictions, labels, data):
     """Save the classes that a net's runs predict, (seeds, N), beside those of other nets and the true ones, (N,).
 
-    Replaces what is there of this net. ValueError when the file holds other labels, or is damaged.
+    Replaces what is there of this net. ValueError when the file is of other labels or data (their `test_hash`), or is
+    damaged.
     """
     with replacement(path) as (target, temporary):
-        arrays = read_predictions(target, labels) | {"labels": labels, net: predictions, f"{net} seeds": seeds}
+        arrays = read_predictions(target, labels, data) | {"labels": labels, net: predictions, f"{net} seeds": seeds}
+        arrays["data"] = np.array(data)
         for name, value in arrays.items():
-            if not name.endswith(" seeds"):  # bytes, up to 256 classes; an image's seeds side by side compress well
+            # Bytes, up to 256 classes; an image's seeds side by side compress well.
+            if name != "data" and not name.endswith(" seeds"):
                 arrays[name] = np.asfortranarray(value, np.min_scalar_type(value.max()))
         with open(temporary, "wb") as file:
             np.savez_compressed(file, **arrays)
 
 
-def read_predictions(path, labels=None):
-    """Return the arrays of `save_predictions` by name, none when absent. ValueError as there."""
+def read_predictions(path, labels=None, data=None):
+    """Return the arrays of `save_predictions` by name, none when absent. ValueError as there; None allows any."""
     if (content := read_bytes(path)) is None:
         return {}
     try:
         found = dict(np.load(io.BytesIO(content), allow_pickle=False))
         images, other = len(found["labels"]), labels is not None and not np.array_equal(found["labels"], labels)
+        there = str(found.get("data", data))  # files of earlier versions lack it
     except Exception:  # of many kinds
         raise ValueError(f"{path} is no whole file of predictions; delete it") from None
     if other:
         raise ValueError(f"{path} holds predictions for {images} images with other labels; name another folder")
+    if data is not None and there != data:
+        raise ValueError(f"{path} holds predictions for {images} other images; name another folder")
     return found
 
 
 def check_folder(folder, row, data):
     """Raise what saving runs with this row's settings on `data` in `folder` would; change nothing."""
+    files.output_folder(folder, create=False)
     results = folder / "results"
     check_writable(results / "runs.csv", row)
     check_writable(results / "history.csv")
     check_writable(results / "mistakes.csv")
     for path in (results / "predictions.npz", folder / "weights" / f"{row['net']}.pt"):
         files.check_writable(path)
-    read_predictions(results / "predictions.npz", data.test_labels.cpu().numpy())
+    read_predictions(results / "predictions.npz", data.test_labels.cpu().numpy(), test_hash(data))
 
 
 def check_runs(runs, data, folder):
@@ -167,6 +186,20 @@ def statistics_columns(norm, groups, batch_size):
         "groups": {"layer": 1, "group": groups}.get(norm, ""),
         "statistics_batch": batch_size if norm == "batch" else "",
     }
+
+
+def table_of(rows):
+    """Return rows of results/runs.csv as a DataFrame; ValueError when there is none."""
+    if (table := pd.DataFrame(rows)).empty:
+        raise ValueError("rows are empty; give rows of results/runs.csv")
+    return table
+
+
+def history_table(runs):
+    """Tabulate the runs' histories, a line per epoch: 5 decimals, of learning rates 5 significant digits."""
+    epochs = [{"net": one.row["net"], "seed": one.row["seed"]} | epoch for one in runs for epoch in one.history]
+    rates = [float(f"{epoch['learning_rate']:.5g}") for epoch in epochs]
+    return pd.DataFrame(epochs).round(5).assign(**{"learning_rate": rates} if epochs else {})
 
 
 def mixed_settings(rows):

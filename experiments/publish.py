@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -35,11 +36,16 @@ from experiments.sweeps import read_texts
 SEEDS, IMAGES = 10, 10_000
 FOLDER = ROOT.resolve() / "out" / "published"  # emptied before each run, so that it holds nothing else
 TABLES = {  # the columns that their checks need
-    "runs": ["net", "seed", "test_accuracy", "seconds", "device", "torch", "commit"],  # and `published_columns`
+    # And `published_columns`.
+    "runs": ["net", "seed", "train_accuracy", "test_accuracy", "test_loss", "seconds", "device", "torch", "commit"],
     "history": ["net", "seed", *records.HISTORY],
     "mistakes": ["net", "index", "true", "predicted", "confidence"],
     "inside": ["net", "images", "layer", "spread"],
 }
+HIGHEST = {"train_accuracy": 100, "test_accuracy": 100, "test_loss": 1000, "seconds": 10**6}  # the lowest is 0
+HIGHEST |= {"loss": 1000, "learning_rate": 10, "elapsed": 10**6, "confidence": 1, "spread": 1000}
+WIDTH = 1760  # pixels of a picture
+NOTEBOOK, ROWS = "s8.ipynb", "results/runs.csv"
 COPIES = [f"img/{norm}.png" for norm in ("batch", "layer", "group")] + [f"weights/{net}.pt" for net in utils.NETS]
 COPIES += ["results/predictions.npz", *(f"results/{name}.csv" for name in TABLES if name != "runs")]
 
@@ -83,10 +89,19 @@ def read_table(path, columns):
     return table
 
 
+def check_numbers(table, empty=()):
+    """Refused unless the columns of a table that HIGHEST names hold numbers in their range; those in `empty`, or ""."""
+    for name in (name for name in HIGHEST if name in table):
+        right = pd.to_numeric(table[name], errors="coerce").between(0, HIGHEST[name])
+        for found in table[name][~right & ((table[name] != "") | (name not in empty))]:
+            raise Refused(f"a row has {name} {found!r}; a number from 0 to {HIGHEST[name]} is published")
+
+
 def published_columns(net):
     """Return what all published rows of a net have in common, as texts: its settings and how it is computed."""
     settings, model = utils.Settings(learning_rate=utils.LEARNING_RATES[net]), getattr(models, net)()
     columns = {"study": "main", "dataset": "CIFAR-10", "split": "test", "status": "done", "train_images": 50_000}
+    columns |= {"validation_accuracy": ""}
     columns |= {"precision": "float16", "step": "fused", "parameters": sum(p.numel() for p in model.parameters())}
     columns |= asdict(settings) | records.net_columns(model, settings.batch_size)
     return {name: str(value) for name, value in columns.items() if name != "seed"}
@@ -108,9 +123,8 @@ def check_rows(rows, commit):
                 raise Refused(f"a row of {net} has {column} {found!r}; {value!r} is published")
         for name in set(rows) - {"net", "seed", *columns, *records.NON_KEY_COLUMNS}:
             raise Refused(f"it has a column {name!r}, which is not published")
-    for found in rows["test_accuracy"][~pd.to_numeric(rows["test_accuracy"], errors="coerce").between(0, 100)]:
-        raise Refused(f"a row has test_accuracy {found!r}; a number from 0 to 100 is published")
-    for found in rows["device"][rows["device"].str.match("cpu|$")]:
+    check_numbers(rows)
+    for found in rows["device"][rows["device"].str.match("cpu|mps|$")]:
         raise Refused(f"a row has device {found!r}; runs on a GPU are published")
     for name in ("device", "torch"):
         if rows[name].nunique() > 1:
@@ -125,7 +139,12 @@ def check_file(path, rows, predictions):
     """Refused unless a picture is whole, weights load into their net, or a table has what `rows` ask for."""
     if path.suffix == ".png":
         with Image.open(path, formats=["PNG"]) as image:
-            return image.verify()
+            image.verify()  # its check sums; the image is then closed
+        with Image.open(path, formats=["PNG"]) as image:
+            image.load()
+            if image.width != WIDTH:
+                raise Refused(f"it is {image.width} pixels wide; {WIDTH} are published")
+            return
     if path.suffix == ".pt":
         return load(path)
     if path.suffix == ".npz":
@@ -143,6 +162,13 @@ def check_file(path, rows, predictions):
             same = (last[there] == "") | (apart < 0.006)  # "": not tested each epoch; both are rounded
             for net, seed, value in last.loc[~same, ["net", "seed", name]].to_numpy():
                 raise Refused(f"{net}, seed {seed} ends at another {name} than its row's, {value}")
+    check_numbers(table, empty=["test_accuracy"] if path.stem == "history" else [])
+    if path.stem == "inside":
+        sizes = {net: (1,) for net in utils.NETS} | {"NetA": (2, 10, 50, 500)}  # images that share their statistics
+        layers = [name for name in models.CONVOLUTIONS if name.startswith("C")]
+        wanted = [(net, str(size), layer) for net in utils.NETS for size in sizes[net] for layer in layers]
+        for net, images, layer in differences(map(tuple, table[["net", "images", "layer"]].to_numpy()), wanted):
+            raise Refused(f"{net}, {images} images, layer {layer} is missing, there twice or not published")
     if path.stem == "mistakes":
         labels, wanted = predictions["labels"], []
         for net in utils.NETS:
@@ -162,14 +188,21 @@ def differences(found, wanted):
 
 def load(path):
     """Return the net that a file in weights/ is named for, with its weights."""
-    net = getattr(models, path.stem)()
-    net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), strict=True)
+    net, weights = getattr(models, path.stem)(), torch.load(path, map_location="cpu", weights_only=True)
+    wanted = {name: (value.dtype, value.nbytes) for name, value in net.state_dict().items()}
+    net.load_state_dict(weights, strict=True)
+    for name, value in weights.items():
+        found = value.dtype, value.untyped_storage().nbytes()
+        if found != wanted[name]:
+            raise Refused("{} is {} in {} bytes; {} in {} is published".format(name, *found, *wanted[name]))
+        if not value.isfinite().all():
+            raise Refused(f"{name} holds what is not finite")
     return net
 
 
 def check_predictions(predictions, rows):
     """Refused unless the predictions are those of ten seeds, and as often right as the rows say."""
-    names = {"labels", *(f"{net}{end}" for net in utils.NETS for end in ("", " seeds"))}
+    names = {"data", "labels", *(f"{net}{end}" for net in utils.NETS for end in ("", " seeds"))}
     if predictions.keys() != names:
         raise Refused(f"it holds {', '.join(predictions)}; {', '.join(sorted(names))} are published")
     for net in utils.NETS:
@@ -189,6 +222,8 @@ def check_weights(folder, predictions, data):
     with naming(folder / "results" / "predictions.npz"):
         if predictions["labels"].tolist() != data.test_labels.tolist():
             raise Refused("its labels are not those of CIFAR-10's test images")
+        if predictions["data"] != records.test_hash(data):
+            raise Refused("it is of other images than CIFAR-10's test images")
     for net in utils.NETS:
         with naming(folder / "weights" / f"{net}.pt") as path:
             scores = utils.test(load(path).to(data.images.device), data.test_images, data.test_labels)
@@ -200,35 +235,50 @@ def check_weights(folder, predictions, data):
 def publish(folder, commit=None, root=ROOT):
     """Check what a run left in `folder`, then copy it to the checkout `root`; nothing is copied unless all is right."""
     folder = folder.resolve()
-    notebook, table = "s8.ipynb", "results/runs.csv"
-    for file in (*COPIES, notebook, table):
-        if not (folder / file).is_file():
-            raise Refused(f"{folder / file} is not there")
-        if (folder / file).resolve() != folder / file:
-            raise Refused(f"{folder / file} is a symbolic link, or in one")
-    with naming(folder / table) as path:
+    with tempfile.TemporaryDirectory() as snapshot:  # so that what is published is what was checked
+        for file in (*COPIES, NOTEBOOK, ROWS):
+            if not (folder / file).is_file():
+                raise Refused(f"{folder / file} is not there")
+            if (folder / file).resolve() != folder / file:
+                raise Refused(f"{folder / file} is a symbolic link, or in one")
+            with naming(folder / file):
+                Path(snapshot, file).parent.mkdir(exist_ok=True)
+                Path(snapshot, file).write_bytes((folder / file).read_bytes())
+        try:
+            publish_snapshot(Path(snapshot), commit, root)
+        except Refused as error:
+            raise Refused(str(error).replace(snapshot, str(folder))) from None
+
+
+def publish_snapshot(folder, commit, root):
+    """Do `publish` of files that nobody else writes."""
+    with naming(folder / ROWS) as path:
         rows = check_rows(read_table(path, [*TABLES["runs"], *published_columns("NetA")]), commit)
     with naming(folder / "results" / "predictions.npz") as path:
         predictions = records.read_predictions(path)
     for file in COPIES:
         with naming(folder / file) as path:
             check_file(path, rows, predictions)
-    with naming(root / notebook):
+    with naming(root / NOTEBOOK):
         original = committed(root)
-    with naming(folder / notebook) as path:
+    with naming(folder / NOTEBOOK) as path:
         executed = nbformat.read(path, as_version=4)
         check_source(executed, original, SEEDS)
         content = f"{nbformat.writes(check_notebook(executed))}\n".encode()
     try:
         check_weights(folder, predictions, load_data(utils.pick_device(), "cifar10", root / "data"))
     except OSError as error:
+        if any((root / "data").glob("cifar-10-*")):
+            raise Refused(f"weights can't be scored: {error}") from None
         print(f"weights are not scored: {error}")
-    with naming(root), files.rollback_on_error([root / file for file in (*COPIES, notebook, table)]):
+    replaced = [root / file for file in (*COPIES, NOTEBOOK, ROWS)]
+    with naming(root), contextlib.ExitStack() as signals, files.rollback_on_error(replaced):
         with contextlib.ExitStack() as targets:  # which are replaced on leaving, unless writing one failed
-            for file in (*COPIES, notebook):
+            for file in (*COPIES, NOTEBOOK):
                 _, temporary = targets.enter_context(files.replacement(root / file))
-                temporary.write_bytes(content if file == notebook else (folder / file).read_bytes())
-        records.upsert(root / table, rows, key=["study", "net", "seed"])  # in place of all that was published before
+                temporary.write_bytes(content if file == NOTEBOOK else (folder / file).read_bytes())
+            signals.enter_context(files.signals_deferred())  # until all are replaced, or all are as they were
+        records.upsert(root / ROWS, rows, key={"study": "main"})  # in place of all that was published before
 
 
 def main(arguments=None):

@@ -113,6 +113,11 @@ def test_numpy_numbers_are_allowed_and_equal_pythons():
     assert {type(value) for value in (given.batch_size, given.epochs, given.seed)} == {int}
 
 
+def test_minus_zero_is_zero():
+    given = asdict(Settings(weight_decay=-0.0, momentum=-0.0, label_smoothing=-0.0))
+    assert [str(given[name]) for name in ("weight_decay", "momentum", "label_smoothing")] == ["0.0"] * 3
+
+
 def test_settings_are_fixed():
     with pytest.raises(FrozenInstanceError):
         Settings().epochs = 5
@@ -686,6 +691,35 @@ def test_a_folder_of_other_data_is_refused_before_training(tiny, two_runs, tmp_p
     assert contents(tmp_path) == before
 
 
+def test_a_folder_of_other_images_with_these_labels_is_refused_before_training(tiny, two_runs, tmp_path, monkeypatch):
+    utils.save_runs(two_runs[0], tiny, tmp_path)
+    before = contents(tmp_path)
+    monkeypatch.setattr(Trainer, "step", lambda trainer: pytest.fail("it was trained"))
+    gray = tiny.test_images.float().mean(3, keepdim=True).byte().expand(-1, -1, -1, 3).contiguous()
+    for other in (replace(tiny, test_images=gray, name="gray"), replace(tiny, test_images=255 - tiny.test_images)):
+        runs = [replace(one, row=one.row | {"dataset": other.name}) for one in two_runs[0]]
+        for call in (
+            lambda other=other: utils.run("NetB", other, SHORT, checkpoints=tmp_path / "checkpoints"),
+            lambda other=other, runs=runs: utils.save_runs(runs, other, tmp_path),
+        ):
+            refuses(call, f"{tmp_path}/results/predictions.npz holds predictions for 50 other images; name another")
+    assert contents(tmp_path) == before
+
+
+def test_nothing_is_saved_over_published_results(tiny, two_runs, tmp_path, monkeypatch):
+    utils.save_runs(two_runs[0], tiny, tmp_path)
+    (tmp_path / "models.py").touch()
+    before = contents(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Trainer, "step", lambda trainer: pytest.fail("it was trained"))
+    for call in (
+        lambda: utils.run("NetB", tiny, SHORT, checkpoints="checkpoints"),
+        lambda: utils.save_runs(two_runs[0], tiny, "."),
+    ):
+        refuses(call, f"'.' can't be the output folder: {tmp_path} holds other things; choose another")
+    assert contents(tmp_path) == before
+
+
 def test_a_column_that_rows_lack_is_refused_before_training(tiny, two_runs, tmp_path, monkeypatch):
     utils.save_runs(two_runs[0], tiny, tmp_path)
     rows = pd.read_csv(tmp_path / "results" / "runs.csv")
@@ -758,6 +792,15 @@ def test_confidences_are_saved_with_four_digits(tiny, two_runs, tmp_path):
     texts = pd.read_csv(tmp_path / "results" / "mistakes.csv", dtype=str)["confidence"]
     assert texts.str.fullmatch(r"[01]\.\d{1,4}").all()
     assert (texts.str.len() == 6).any()
+
+
+def test_small_learning_rates_are_saved_with_five_digits(tiny, two_runs, tmp_path):
+    run, _ = two_runs[0]
+    history = [run.history[0] | {"learning_rate": rate} for rate in (2.87654321e-6, 0.014990000426769257)]
+    utils.save_runs([replace(run, history=history)], tiny, tmp_path)
+    texts = pd.read_csv(tmp_path / "results" / "history.csv", dtype=str)
+    assert texts["learning_rate"].tolist() == ["2.8765e-06", "0.01499"]
+    assert texts["loss"][0] == str(round(run.history[0]["loss"], 5))
 
 
 def row_of(net, seed, accuracy, **changes):
@@ -854,10 +897,28 @@ def test_comparison_is_in_percentage_points():
             rows_of("NetA", [86.0]) + rows_of("NetB", [85.0]) + [row_of("NetB", 1, 88.0, weight_decay=0.1)],
             "the rows of layer norm differ in weight_decay; compare rows of one setting",
         ),
+        (
+            rows_of("NetA", [86.0], optimizer="sgd") + rows_of("NetB", [85.0], optimizer="muon"),
+            "rows to compare differ in optimizer: sgd, muon",
+        ),
+        (
+            rows_of("NetA", [86.0], batch_size=500) + rows_of("NetB", [85.0], batch_size=50),
+            "rows to compare differ in batch_size: 500, 50",
+        ),
+        ([], "rows are empty; give rows of results/runs.csv"),
     ],
 )
 def test_rows_that_cannot_be_compared_are_refused(rows, message):
     refuses(lambda: utils.compare(rows, [("batch", "layer")]), message)
+
+
+def test_norms_that_are_compared_may_have_been_tuned():
+    rows = rows_of("NetA", [86.0], weight_decay=0.1) + rows_of("NetB", [85.0], learning_rate=0.01)
+    assert utils.compare(rows, [("batch", "layer")]).loc["batch minus layer", "points"] == 1.0
+
+
+def test_no_rows_are_not_summarized():
+    refuses(lambda: utils.summarize([]), "rows are empty; give rows of results/runs.csv")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -67,6 +67,10 @@ RIGHT = {"images": IMAGES, "labels": LABELS, "test_images": IMAGES, "test_labels
         ({"test_labels": LABELS.bool()}, "the labels of test_images are torch.bool"),
         ({"test_labels": LABELS - 1}, "the labels of test_images go from -1 to 8"),
         ({"test_images": IMAGES.to("meta")}, "test_images are on meta, their labels on cpu; move one"),
+        ({"classes": ("cat\n", *"bcdefghij")}, r"a name is 'cat\n'; give text in one line, without space around it"),
+        ({"classes": ("c\nat", *"bcdefghij")}, r"a name is 'c\nat'; give text"),
+        ({"classes": (*"abcdefghi", " cat")}, "a name is ' cat'; give text"),
+        ({"name": "my data "}, "a name is 'my data '; give text"),
     ],
 )
 def test_data_of_another_form_is_refused_in_one_line(change, message):

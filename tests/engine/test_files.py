@@ -524,6 +524,13 @@ def test_other_folders_are_made_and_returned_resolved(checkout, tmp_path, monkey
     assert files.output_folder(way) == folder
 
 
+def test_a_folder_is_checked_without_being_made(checkout, tmp_path):
+    before = snapshot(tmp_path)
+    refused(lambda: files.output_folder(checkout, create=False), ValueError, checkout, "choose another")
+    assert files.output_folder(checkout / "out" / "new", create=False) == checkout / "out" / "new"
+    assert snapshot(tmp_path) == before
+
+
 def test_links_that_lead_elsewhere_are_allowed(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "large disk").mkdir()

@@ -114,6 +114,13 @@ def test_whole_numbers_are_one_key_however_they_are_written(path):
         assert len(rows_of(path)) == 2
 
 
+@pytest.mark.parametrize(("old", "new"), [("3E-05", 3e-5), ("0.10", 0.1), (".1", 0.1), ("+1.", 1), ("-0.0", 0.0)])
+def test_numbers_are_one_key_as_a_spreadsheet_writes_them(path, old, new):
+    path.write_text(f"net,learning_rate,seconds\nNetA,{old},1\n")
+    records.upsert(path, [{"net": "NetA", "learning_rate": new, "seconds": 2}])
+    assert [row["seconds"] for row in rows_of(path)] == ["2"]
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -254,6 +261,7 @@ def test_a_column_that_new_rows_would_lack_is_refused_before_there_are_rows(path
 
 
 LABELS_OF_100 = np.arange(100) % 10
+HASH = "0123456789abcdef"
 
 
 def test_predictions_of_other_nets_stay(tmp_path):
@@ -263,9 +271,10 @@ def test_predictions_of_other_nets_stay(tmp_path):
     for net, seeds in (("NetA", [0, 1]), ("NetB", [2]), ("NetA", [1, 5, 7])):
         saved[net] = random.integers(0, 10, (len(seeds), 100))
         saved[f"{net} seeds"] = seeds
-        records.save_predictions(path, net, seeds, saved[net], LABELS_OF_100)
+        records.save_predictions(path, net, seeds, saved[net], LABELS_OF_100, HASH)
     found = dict(np.load(path, allow_pickle=False))
-    assert set(found) == {*saved, "labels"}
+    assert set(found) == {*saved, "labels", "data"}
+    assert found["data"] == HASH
     assert all(np.array_equal(found[name], value) for name, value in (saved | {"labels": LABELS_OF_100}).items())
     assert {found[name].dtype for name in ("NetA", "NetB", "labels")} == {np.dtype(np.uint8)}
     assert list(records.read_predictions(path, LABELS_OF_100)) == list(found)
@@ -274,7 +283,7 @@ def test_predictions_of_other_nets_stay(tmp_path):
 def test_more_classes_than_a_byte_holds_are_kept(tmp_path):
     path = tmp_path / "predictions.npz"
     for largest in (255, 256):
-        records.save_predictions(path, "NetA", [0], np.array([[0, largest]]), np.array([0, 1]))
+        records.save_predictions(path, "NetA", [0], np.array([[0, largest]]), np.array([0, 1]), HASH)
         assert records.read_predictions(path)["NetA"].tolist() == [[0, largest]]
 
 
@@ -286,26 +295,41 @@ def test_predictions_of_thirty_runs_are_small(tmp_path):
     for net in utils.NETS:
         wrong = hard & (random.random((10, 10_000)) < 0.55)
         predictions = np.where(wrong, random.integers(0, 10, (10, 10_000)), labels)
-        records.save_predictions(tmp_path / "predictions.npz", net, range(10), predictions, labels)
+        records.save_predictions(tmp_path / "predictions.npz", net, range(10), predictions, labels, HASH)
     assert (tmp_path / "predictions.npz").stat().st_size < 150_000
 
 
 def test_predictions_beside_other_labels_are_refused(tmp_path):
     path = tmp_path / "predictions.npz"
-    records.save_predictions(path, "NetA", [0], LABELS_OF_100[None], LABELS_OF_100)
+    records.save_predictions(path, "NetA", [0], LABELS_OF_100[None], LABELS_OF_100, HASH)
     before = path.read_bytes()
     for labels in (LABELS_OF_100[::-1], LABELS_OF_100[:50]):
         for call in (
-            lambda labels=labels: records.save_predictions(path, "NetB", [0], labels[None], labels),
+            lambda labels=labels: records.save_predictions(path, "NetB", [0], labels[None], labels, HASH),
             lambda labels=labels: records.read_predictions(path, labels),
         ):
             refused(call, ValueError, f"{path} holds predictions for 100 images with other labels; name another folder")
     assert path.read_bytes() == before
 
 
+def test_predictions_beside_other_images_are_refused(tmp_path):
+    """A file of an earlier version does not tell; it is given the hash when predictions are added."""
+    path = tmp_path / "predictions.npz"
+    np.savez_compressed(path, labels=LABELS_OF_100)
+    assert list(records.read_predictions(path, LABELS_OF_100, HASH)) == ["labels"]
+    records.save_predictions(path, "NetA", [0], LABELS_OF_100[None], LABELS_OF_100, HASH)
+    before = path.read_bytes()
+    for call in (
+        lambda: records.save_predictions(path, "NetB", [0], LABELS_OF_100[None], LABELS_OF_100, HASH[::-1]),
+        lambda: records.read_predictions(path, LABELS_OF_100, HASH[::-1]),
+    ):
+        refused(call, ValueError, f"{path} holds predictions for 100 other images; name another folder")
+    assert path.read_bytes() == before
+
+
 def test_damaged_predictions_are_refused_and_kept(tmp_path):
     path = tmp_path / "predictions.npz"
-    records.save_predictions(path, "NetA", [0], LABELS_OF_100[None], LABELS_OF_100)
+    records.save_predictions(path, "NetA", [0], LABELS_OF_100[None], LABELS_OF_100, HASH)
     whole, npy, objects = path.read_bytes(), io.BytesIO(), io.BytesIO()
     np.save(npy, LABELS_OF_100)
     np.savez(objects, labels=np.array([{}], dtype=object))
@@ -315,7 +339,7 @@ def test_damaged_predictions_are_refused_and_kept(tmp_path):
         path.write_bytes(content)
         for call in (
             lambda: records.read_predictions(path),
-            lambda: records.save_predictions(path, "NetB", [0], LABELS_OF_100[None], LABELS_OF_100),
+            lambda: records.save_predictions(path, "NetB", [0], LABELS_OF_100[None], LABELS_OF_100, HASH),
         ):
             refused(call, ValueError, f"{path} is no whole file of predictions; delete it")
         assert path.read_bytes() == content

@@ -5,7 +5,9 @@ import contextlib
 import io
 import os
 import shutil
+import signal
 import subprocess
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,14 +16,14 @@ import numpy as np
 import papermill
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, child
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
 import hubconf
 import models
 import utils
-from engine import records
+from engine import files, records
 from experiments import notebook as notebooks
 from experiments import publish
 from experiments.notebook import Refused, check_notebook
@@ -31,6 +33,11 @@ FILES = [f"img/{norm}.png" for norm in ("batch", "layer", "group")]
 FILES += [f"weights/{net}.pt" for net in ("NetA", "NetB", "NetC")]
 FILES += ["results/predictions.npz"] + [f"results/{name}.csv" for name in ("history", "mistakes", "inside")]
 EPOCH = "0.5,0.5,99.97,0.5,0.5,0.5"
+INSIDE = [
+    f"{net},{images},{layer},0.22986"
+    for net, images in (("NetA", 2), ("NetA", 10), ("NetA", 50), ("NetA", 500), ("NetB", 1), ("NetC", 1))
+    for layer in ("C1", "C2", "C4", "C5", "C6", "C8", "C9", "C10")
+]
 COMMIT = "1a2b3c4"
 PARAMETERS = {"seeds": 10, "source": "cifar10"}
 
@@ -88,7 +95,8 @@ def predict(folder, **changes):
     """Write predictions of ten seeds that are wrong for the first three images, with arrays in place of theirs."""
     labels = np.full(10_000, 3, np.uint8)
     wrong = np.where(np.arange(10_000) < 3, 5, labels).astype(np.uint8)
-    arrays = {"labels": labels} | {f"{net} seeds": np.arange(10) for net in utils.NETS}
+    arrays = {"labels": labels, "data": np.array("0123456789abcdef")}
+    arrays |= {f"{net} seeds": np.arange(10) for net in utils.NETS}
     arrays |= {net: np.tile(wrong, (10, 1)) for net in utils.NETS} | changes
     np.savez_compressed(folder / "results" / "predictions.npz", **{k: v for k, v in arrays.items() if v is not None})
 
@@ -101,7 +109,7 @@ def finished(tmp_path, notebook):
         for name in ("img", "weights", "results"):
             (place / name).mkdir(parents=True)
     for norm in ("batch", "layer", "group"):
-        Image.new("RGB", (8, 8)).save(folder / "img" / f"{norm}.png")
+        Image.new("RGB", (1760, 8)).save(folder / "img" / f"{norm}.png")
     for net in utils.NETS:
         torch.save(getattr(models, net)().state_dict(), folder / "weights" / f"{net}.pt")
     predict(folder)
@@ -109,7 +117,7 @@ def finished(tmp_path, notebook):
     write(folder, "history", ",".join(["net", "seed", *records.HISTORY]), *epochs)
     mistakes = [f"{net},{index},cat,dog,0.1234567890123456789" for net in utils.NETS for index in range(3)]
     write(folder, "mistakes", "net,index,true,predicted,confidence", *mistakes)
-    write(folder, "inside", "net,images,layer,spread", "NetA,2,C1,0.22986")
+    write(folder, "inside", "net,images,layer,spread", *INSIDE)
     put(folder, root, notebook)
     shutil.copy(ROOT / "results" / "runs.csv", root / "results")
     rows = read_texts()
@@ -239,6 +247,30 @@ def test_a_row_of_another_net_or_computation_is_refused(finished, name, value):
     refuse(finished, f"runs.csv: a row of NetC has {name} '{value}'; '.*' is published")
 
 
+NO_NUMBERS = [
+    (name, value) for name in ("train_accuracy", "test_loss", "seconds") for value in ("high", "", "-1", "inf")
+]
+
+
+@pytest.mark.parametrize(("name", "value"), [*NO_NUMBERS, ("train_accuracy", "120"), ("train_accuracy", "nan")])
+def test_a_row_without_numbers_is_refused(finished, name, value):
+    change(finished[0], **{name: value})
+    refuse(finished, f"runs.csv: a row has {name} '{value}'; a number from 0 to .* is published")
+
+
+def test_a_validation_accuracy_is_refused(finished):
+    change(finished[0], validation_accuracy="55")
+    refuse(finished, "runs.csv: a row of NetC has validation_accuracy '55'; '' is published")
+
+
+def test_no_other_seed_of_the_study_stays(finished):
+    table = finished[1] / "results" / "runs.csv"
+    rows = read_texts(table)
+    records.upsert(table, rows[rows["study"] == "main"].iloc[:1].assign(seed="10"))
+    publish.publish(finished[0], root=finished[1])
+    assert (read_texts(table)["study"] == "main").sum() == 30
+
+
 def test_a_column_that_is_not_published_is_refused(finished):
     rows = read_texts(finished[0] / "results" / "runs.csv")
     rows.assign(note="").to_csv(finished[0] / "results" / "runs.csv", index=False)
@@ -321,6 +353,34 @@ def test_weights_of_another_net_are_refused(finished):
     refuse(finished, "NetB.pt: .*size mismatch")
 
 
+def test_a_grid_of_another_width_or_without_its_pixels_is_refused(finished):
+    path = finished[0] / FILES[1]
+    Image.new("RGB", (1, 1)).save(path)
+    refuse(finished, f"{FILES[1]}: it is 1 pixels wide; 1760 are published")
+    Image.new("RGB", (1760, 8)).save(path)
+    content, pixels = path.read_bytes(), zlib.compress(b"\0" * 10)
+    start = content.index(b"IDAT") - 4
+    end = start + 12 + int.from_bytes(content[start : start + 4], "big")
+    chunk = len(pixels).to_bytes(4, "big") + b"IDAT" + pixels + zlib.crc32(b"IDAT" + pixels).to_bytes(4, "big")
+    path.write_bytes(content[:start] + chunk + content[end:])
+    refuse(finished, f"{FILES[1]}: ")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda value: value.double(), "torch.float64 in 2560 bytes; torch.float32 in 1280 is published"),
+        (lambda value: torch.zeros(10**5)[: value.numel()].view_as(value), "torch.float32 in 400000 bytes; "),
+        (lambda value: value * torch.nan, "holds what is not finite"),
+    ],
+)
+def test_weights_of_another_form_are_refused(finished, change, message):
+    path = finished[0] / "weights" / "NetC.pt"
+    weights = models.NetC().state_dict()
+    torch.save(weights | {"c11.weight": change(weights["c11.weight"])}, path)
+    refuse(finished, f"NetC.pt: c11.weight (is )?{message}")
+
+
 def test_weights_that_are_no_weights_are_refused(finished):
     path = finished[0] / "weights" / "NetC.pt"
     path.write_bytes(b"no weights")
@@ -386,6 +446,39 @@ def test_a_history_that_ends_elsewhere_than_its_row_is_refused(finished, new, na
     path = finished[0] / "results" / "history.csv"
     path.write_bytes(path.read_bytes().replace(f"NetB,3,20,{EPOCH}".encode(), f"NetB,3,20,{new}".encode()))
     refuse(finished, f"history.csv: NetB, seed 3 ends at another {name} than its row's, {value}")
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "value"),
+    [(0, "loss", "high"), (1, "train_accuracy", "-7"), (2, "test_accuracy", "500"), (3, "learning_rate", "")],
+)
+def test_a_history_without_numbers_is_refused(finished, number, name, value):
+    values = EPOCH.split(",")
+    values[number] = value
+    path = finished[0] / "results" / "history.csv"
+    path.write_bytes(path.read_bytes().replace(f"NetB,3,5,{EPOCH}".encode(), f"NetB,3,5,{','.join(values)}".encode()))
+    refuse(finished, f"history.csv: a row has {name} '{value}'; a number from 0 to .* is published")
+
+
+@pytest.mark.parametrize("confidence", ["7.5", "high", ""])
+def test_mistakes_without_a_confidence_are_refused(finished, confidence):
+    path = finished[0] / "results" / "mistakes.csv"
+    path.write_bytes(path.read_bytes().replace(b"0.1234567890123456789", confidence.encode(), 1))
+    refuse(finished, f"mistakes.csv: a row has confidence '{confidence}'; a number from 0 to 1 is published")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (["NetZ,-2,Q9,1", *INSIDE], "NetZ, -2 images, layer Q9 is missing, there twice or not published"),
+        (INSIDE[:8], "NetA, 10 images, layer C1 is missing, there twice or not published"),
+        ([*INSIDE, INSIDE[0]], "NetA, 2 images, layer C1 is missing, there twice or not published"),
+        ([*INSIDE[:-1], "NetC,1,C10,much"], "a row has spread 'much'; a number from 0 to 1000 is published"),
+    ],
+)
+def test_other_spreads_are_refused(finished, rows, message):
+    write(finished[0], "inside", "net,images,layer,spread", *rows)
+    refuse(finished, f"inside.csv: {message}")
 
 
 def test_a_history_without_tests_is_published(finished):
@@ -461,6 +554,12 @@ def test_weights_are_said_not_to_be_scored_where_there_is_no_data(finished, caps
     assert capsys.readouterr().out == "weights are not scored: CIFAR-10 is not in data/ and can't be fetched\n"
 
 
+@pytest.mark.parametrize("there", ["cifar-10-batches-py", "cifar-10-python.tar.gz"])
+def test_weights_that_damaged_data_can_not_score_are_refused(finished, there):
+    (finished[1] / "data" / there).mkdir(parents=True)
+    refuse(finished, "weights can't be scored: CIFAR-10 is not in")
+
+
 def test_swapped_weights_are_refused(finished, real, monkeypatch):
     """Also weights of another seed, or none that were trained; and labels that are not CIFAR-10's."""
     folder, _ = finished
@@ -468,7 +567,7 @@ def test_swapped_weights_are_refused(finished, real, monkeypatch):
     refuse(finished, "predictions.npz: its labels are not those of CIFAR-10's test images")
     rows, arrays, mistakes = (
         read_texts(folder / "results" / "runs.csv"),
-        {"labels": real.test_labels.byte().numpy()},
+        {"labels": real.test_labels.byte().numpy(), "data": np.array(records.test_hash(real))},
         [],
     )
     for net in utils.NETS:
@@ -487,6 +586,9 @@ def test_swapped_weights_are_refused(finished, real, monkeypatch):
         shutil.copy(ROOT / "weights" / f"{other}.pt", folder / "weights" / f"{net}.pt")
         refuse(finished, rf"{net}.pt: it predicts another class than its seed 0 did for \d{{4}} of 10000 test images")
         shutil.copy(ROOT / "weights" / f"{net}.pt", folder / "weights")
+    predict(folder, **arrays | {"data": np.array("0123456789abcdef")})
+    refuse(finished, "predictions.npz: it is of other images than CIFAR-10's test images")
+    predict(folder, **arrays)
     publish.publish(folder, root=finished[1])
 
 
@@ -509,6 +611,65 @@ def test_a_failure_while_files_are_replaced_leaves_all_as_they_were(finished, mo
     with pytest.raises(Refused if isinstance(error, OSError) else KeyboardInterrupt):
         publish.publish(folder, root=root)
     assert contents(root) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("call", [1, 5, len(FILES) + 2])
+def test_signals_wait_until_all_files_are_replaced(finished, number, call):
+    folder, root = finished
+    for file in FILES:
+        (root / file).write_bytes(b"published before")
+    replace, calls = os.replace, []
+
+    def interrupted(*paths):
+        replace(*paths)
+        calls.append(paths)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+
+    def publishing():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.replace = interrupted
+        publish.publish(folder, root=root)
+
+    assert os.waitstatus_to_exitcode(os.waitpid(child(publishing), 0)[1]) == -number
+    assert all((root / file).read_bytes() == (folder / file).read_bytes() for file in FILES)
+    assert {COMMIT} == set(read_texts(root / "results" / "runs.csv").query("study == 'main'")["commit"])
+    assert not list(root.rglob(".*.part*"))
+
+
+def test_signals_wait_until_all_files_are_put_back(finished, monkeypatch):
+    folder, root = finished
+    for file in FILES:
+        (root / file).write_bytes(b"published before")
+    before, save = contents(root), files.save
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        save(*arguments)
+
+    def failing(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "save", interrupted)
+    monkeypatch.setattr(records, "upsert", failing)
+    with pytest.raises(KeyboardInterrupt):
+        publish.publish(folder, root=root)
+    assert contents(root) == before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_what_is_published_is_what_was_checked(finished, monkeypatch):
+    folder, root = finished
+    before, rollback = (folder / "weights" / "NetA.pt").read_bytes(), files.rollback_on_error
+
+    def swapped(paths):
+        (folder / "weights" / "NetA.pt").write_bytes(b"others")
+        return rollback(paths)
+
+    monkeypatch.setattr(files, "rollback_on_error", swapped)
+    publish.publish(folder, root=root)
+    assert (root / "weights" / "NetA.pt").read_bytes() == before
 
 
 @pytest.mark.parametrize("file", ["img/batch.png", "results/inside.csv", "s8.ipynb", "results/runs.csv"])
@@ -656,6 +817,11 @@ def test_a_cell_that_did_not_run_is_refused(finished, notebook):
     cells.cells.append(new_code_cell("1 + 1"))
     put(*finished, cells)
     refuse(finished, "cell 4 was not executed")
+
+
+def test_a_cell_whose_output_was_cleared_is_refused(finished):
+    edit(finished[0] / "s8.ipynb", -1, outputs=[])
+    refuse(finished, "s8.ipynb: cell 3 shows nothing; that of the committed s8.ipynb does")
 
 
 def test_papermills_marks_are_stripped(notebook):
