@@ -126,6 +126,13 @@ MUTATIONS = [
         "        pass\n",
         f"{UTILS}::test_runs_are_saved_and_leave_no_checkpoint",
     ),
+    (
+        "a failed call leaves the net's modes",
+        "engine/records.py",
+        "            own.update(saved)\n",
+        "            pass\n",
+        f"{RECORDS}::test_a_failed_call_leaves_modes_gradients_and_attributes",
+    ),
     # divergence
     (
         "weights stop at a gradient that is not finite",
@@ -235,6 +242,13 @@ MUTATIONS = [
         f"{DATA}::test_the_code_in_a_file_of_cifar100_does_not_run",
     ),
     (
+        "no array is made of what a file of CIFAR-100 says",
+        "engine/download.py",
+        "            return ArrayPart\n",
+        "            return super().find_class(module, name)\n",
+        f"{DATA}::test_a_forged_array_of_objects_does_not_crash",
+    ),
+    (
         "a silent server counts as absent",
         "engine/download.py",
         "urlopen(url, timeout=TIMEOUT)",
@@ -340,6 +354,27 @@ MUTATIONS = [
         '        if own["seed"].astype(str).duplicated().any():\n',
         "        if False:\n",
         f"{UTILS}::test_rows_that_cannot_be_compared_are_refused",
+    ),
+    (
+        "state in a plain attribute is not lost",
+        "engine/trainer.py",
+        "            if self.attributes.get(name, text) != text:\n",
+        "            if False:\n",
+        f"{TRAINER}::test_state_in_a_plain_attribute_is_refused_by_name",
+    ),
+    (
+        "a net with a forward of its own is trained as it is",
+        "engine/fast.py",
+        "models.Net.forward or has_own_code(net):",
+        "models.Net.forward:",
+        "tests/engine/test_fast.py::test_a_changed_net_is_copied_as_it_is",
+    ),
+    (
+        "a parameter without a gradient is named",
+        "engine/trainer.py",
+        "            if gradient is None:\n",
+        "            if False:\n",
+        f"{TRAINER}::test_a_parameter_without_a_gradient_is_refused_by_name",
     ),
     (
         "published weights take no options",
