@@ -205,7 +205,7 @@ def test_a_trainer_trains_as_it_does_without_the_kernels(name, optimizer):
         trainer = Trainer(net, data, settings, fused)
         assert bool(trainer.fused) == fused
         if not fused:
-            trainer.model, trainer.copied = net, []  # in float32
+            trainer.model, trainer.copied, trainer.attributes = net, [], None  # in float32
             trainer.dtype = torch.float32
         for _ in trainer.epoch():
             pass
