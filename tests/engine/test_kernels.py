@@ -205,7 +205,7 @@ def test_a_trainer_trains_as_it_does_without_the_kernels(name, optimizer):
         trainer = Trainer(net, data, settings, fused)
         assert bool(trainer.fused) == fused
         if not fused:
-            trainer.model, trainer.copied = net, []  # in float32
+            trainer.model, trainer.copied, trainer.attributes = net, [], None  # in float32
             trainer.dtype = torch.float32
         for _ in trainer.epoch():
             pass
@@ -250,6 +250,7 @@ def test_a_net_that_the_kernels_do_not_compute_is_turned_down_with_a_reason():
         "it has hooks": changed(lambda net: net.C4.register_forward_hook(print)),
         "a forward of its own": changed(lambda net: setattr(net.C4.conv, "forward", print)),
         "layers are not": changed(lambda net: setattr(net.C6.conv, "weight", net.C5.conv.weight)),
+        "layers share a norm": changed(lambda net: setattr(net.C5, "norm", net.C4.norm)),
         "are frozen": changed(lambda net: net.c11.requires_grad_(False)),
         "more than 32 channels": models.Net("none", widths=(40,) * 10),
         "more than 128 classes": models.Net("none", classes=200),

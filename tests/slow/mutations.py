@@ -126,6 +126,13 @@ MUTATIONS = [
         "        pass\n",
         f"{UTILS}::test_runs_are_saved_and_leave_no_checkpoint",
     ),
+    (
+        "a failed call leaves the net's modes",
+        "engine/records.py",
+        "            own.update(saved)\n",
+        "            pass\n",
+        f"{RECORDS}::test_a_failed_call_leaves_modes_gradients_and_attributes",
+    ),
     # divergence
     (
         "weights stop at a gradient that is not finite",
@@ -340,6 +347,27 @@ MUTATIONS = [
         '        if own["seed"].astype(str).duplicated().any():\n',
         "        if False:\n",
         f"{UTILS}::test_rows_that_cannot_be_compared_are_refused",
+    ),
+    (
+        "state in a plain attribute is not lost",
+        "engine/trainer.py",
+        "            if self.attributes.get(name, text) != text:\n",
+        "            if False:\n",
+        f"{TRAINER}::test_state_in_a_plain_attribute_is_refused_by_name",
+    ),
+    (
+        "a net with a forward of its own is trained as it is",
+        "engine/fast.py",
+        "models.Net.forward or has_own_code(net):",
+        "models.Net.forward:",
+        "tests/engine/test_fast.py::test_a_changed_net_is_copied_as_it_is",
+    ),
+    (
+        "a parameter without a gradient is named",
+        "engine/trainer.py",
+        "            if gradient is None:\n",
+        "            if False:\n",
+        f"{TRAINER}::test_a_parameter_without_a_gradient_is_refused_by_name",
     ),
     (
         "published weights take no options",
