@@ -270,19 +270,20 @@ def finish(name, net, data, settings, history, study, seconds, diverged=False, f
 def save_runs(runs, data, folder):
     """Write one net's runs under `folder`: rows, histories, predictions, and the first seed's weights and mistakes.
 
-    They replace what is there of this net; only rows of other settings stay. Removes the runs' checkpoints, in
+    They replace what is there of this net; only rows of other settings or seeds stay. Removes the runs' checkpoints, in
     folder/checkpoints. ValueError, before anything is written, for a folder with runs of other data and for those that
     `engine.files.output_folder` refuses, such as a checkout with its published results.
     """
     folder, results, runs = Path(folder), Path(folder) / "results", sorted(runs, key=lambda one: one.row["seed"])
     records.check_runs(runs, data, folder)
     first, name, seeds = runs[0], runs[0].row["net"], [one.row["seed"] for one in runs]
+    mistakes = mistakes_table(first, data)
     predictions = torch.stack([one.scores.predictions for one in runs]).numpy()
     labels, images = data.test_labels.cpu().numpy(), records.test_hash(data)
     records.save_predictions(results / "predictions.npz", name, seeds, predictions, labels, images)
     records.upsert(results / "runs.csv", [one.row for one in runs])
     records.upsert(results / "history.csv", records.history_table(runs), key={"net": name})
-    records.upsert(results / "mistakes.csv", mistakes_table(first, data), key={"net": name})
+    records.upsert(results / "mistakes.csv", mistakes, key={"net": name})
     weights = {key: value.cpu().contiguous() for key, value in first.net.state_dict().items()}
     files.save_tensors(folder / "weights" / f"{name}.pt", weights)
     for one in runs:
@@ -359,6 +360,7 @@ def mistakes_table(run, data):
     """Tabulate the test images that a run gets wrong: net, index, true and predicted class, confidence (0 to 1)."""
     scores, labels = run.scores, data.test_labels.cpu()
     wrong = (scores.predictions != labels).nonzero().flatten()
+    whole_number("a predicted class", scores.predictions.max().item(), 0, len(data.classes) - 1)
     return pd.DataFrame(
         {
             "net": run.row["net"],

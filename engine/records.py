@@ -42,7 +42,7 @@ _commit = None  # see set_commit
 
 
 def upsert(path, rows, key=None):
-    """Upsert rows, dicts or a DataFrame, into a CSV file: they replace those there with the same key.
+    """Upsert rows (dicts, one dict or a DataFrame) into a CSV file: they replace those there with the same key.
 
     key  columns that every new row has, by default all but NON_KEY_COLUMNS. An old row without one counts as having ""
          there. A dict, {column: value}, replaces the old rows that have these values, even by none
@@ -52,6 +52,7 @@ def upsert(path, rows, key=None):
     if isinstance(rows, pd.DataFrame):  # not to_dict: it makes 0.5899999737739563 of float32 0.59
         columns = [rows[name].to_numpy() for name in rows]
         rows = [dict(zip(rows, row, strict=True)) for row in zip(*columns, strict=True)]
+    rows = [rows] if isinstance(rows, dict) else rows
     new = [{name: _text(value) for name, value in row.items()} for row in rows]
     if not new and not (isinstance(key, dict) and read_bytes(path)):
         return
@@ -158,6 +159,8 @@ def check_runs(runs, data, folder):
     nets, seeds = ([one.row[column] for one in runs] for column in ("net", "seed"))
     if len(set(nets)) != 1 or len(set(seeds)) < len(seeds):
         raise ValueError(f"runs are of {nets} with seeds {seeds}; give runs of one net, each seed once")
+    if mixed := mixed_settings(pd.DataFrame([one.row for one in runs])):
+        raise ValueError(f"runs differ in {', '.join(mixed)}; give runs of one setting")
     labels = data.test_labels.cpu()
     for one in runs:
         found, form = one.scores.predictions, (data.name, data.split, len(labels))
@@ -216,7 +219,8 @@ def read_rows(path, texts=False):
     if (content := read_bytes(path)) is None:
         return pd.DataFrame(columns=["study", "net", "split"])
     _table(path, content)
-    return pd.read_csv(io.BytesIO(content), **({"dtype": str, "keep_default_na": False} if texts else {}))
+    dtype, missing = (str, []) if texts else ({"commit": str}, [""])  # 1234e56 is a commit, and None may be a name
+    return pd.read_csv(io.BytesIO(content), dtype=dtype, keep_default_na=False, na_values=missing)
 
 
 def _table(path, content):

@@ -775,6 +775,25 @@ def test_runs_that_do_not_belong_together_are_not_saved(tiny, two_runs, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+def test_runs_of_two_settings_are_not_saved(tiny, two_runs, tmp_path):
+    first, second = two_runs[0]
+    runs = [first, replace(second, row=second.row | {"weight_decay": 0.1})]
+    refuses(lambda: utils.save_runs(runs, tiny, tmp_path), "runs differ in weight_decay; give runs of one setting")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_class_that_the_data_lack_is_refused(tiny, two_runs, tmp_path):
+    """Of a net of 12 classes, tested on data of 10."""
+    run = two_runs[0][0]
+    scores = replace(run.scores, predictions=torch.full_like(tiny.test_labels, 11), accuracy=0.0)
+    for call in (
+        lambda: utils.mistakes_table(replace(run, scores=scores), tiny),
+        lambda: utils.save_runs([replace(run, scores=scores)], tiny, tmp_path),
+    ):
+        refuses(call, "a predicted class is 11; give a whole number from 0 to 9")
+    assert not list(tmp_path.iterdir())
+
+
 def test_another_runs_checkpoint_is_left(tiny, two_runs, tmp_path, monkeypatch):
     """One that was interrupted, at other settings; the runs that are saved had none."""
     path = tmp_path / "checkpoints" / "NetA-7.pt"

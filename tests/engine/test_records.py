@@ -70,6 +70,21 @@ def test_a_row_replaces_the_one_with_its_settings_and_no_other(path):
     assert [row["seed"] for row in rows_of(path)] == ["7"]
 
 
+def test_one_row_may_be_given_alone(path):
+    records.upsert(path, ROW | {"seed": 2})
+    assert [row["seed"] for row in rows_of(path)] == ["0", "1", "2"]
+
+
+def test_commits_and_names_are_read_as_text(path):
+    rows = [{"net": "NA", "dataset": "None", "seed": 0, "commit": "1234e56", "test_accuracy": 70.5}]
+    records.upsert(path.with_name("new.csv"), [*rows, {"net": "null", "seed": 1, "dataset": ""}])
+    found = records.read_rows(path.with_name("new.csv"))
+    assert found.to_dict("records")[0] == rows[0]
+    assert found["test_accuracy"].dtype == float
+    assert found["net"][1] == "null"
+    assert found.loc[1, ["dataset", "commit", "test_accuracy"]].isna().all()
+
+
 def test_rows_of_a_key_with_values_are_replaced_by_none(path):
     records.upsert(path, [ROW | {"net": "NetB"}], key={"net": "NetB"})
     records.upsert(path, [], key={"net": "NetA"})
