@@ -251,9 +251,9 @@ CELLS.append(Cell("muon", 500, augment="flip+crop", seeds=10))
 STEPS = ("sgdw", "tensor-norm", "filter-norm", "muon-one-rate")  # from momentum to Muon, one part after the other
 CELLS_STEP = [Cell(step, 500, nets=WITH_CONTROL, variant=(("momentum", Settings.momentum),)) for step in STEPS]
 CELLS_PART = [
-    Cell(optimizer, 500, nets=nets, seeds=3, variant=variant)
-    for optimizer, (nets, variant) in itertools.product(
-        ("sgdw", "muon"),
+    Cell(optimizer, 500, nets=nets, seeds=seeds, variant=variant)
+    for (optimizer, seeds), (nets, variant) in itertools.product(
+        (("sgdw", 3), ("muon", 0)),  # Muon's runs on the test set are still to come
         (
             (WITH_CONTROL, ()),
             (WITH_CONTROL, (("convolution", "standardized"),)),

@@ -597,33 +597,43 @@ def largest_rates(rows):
     return pd.DataFrame.from_dict(lines, "index")[list(ALL)].reindex(STEPS.values()).rename_axis("step")
 
 
-def part_runs(rows):
-    """The runs on the test set that compare parts of the norm, named by net: "layer", "layer, standardized", "RMS"."""
-    runs = select(rows, study="part").assign(optimizer=lambda own: own["optimizer"].map(TUNED))
-    names = runs["norm"].mask(runs["layer_variant"].isin(["RMS", "tanh"]), runs["layer_variant"])
-    return runs.assign(arm=names.mask(runs["convolution"].notna(), names + ", standardized"))
-
-
 PART_CONTRASTS = [(f"{norm}, standardized", norm) for norm in ALL] + [("RMS", "layer"), ("tanh", "none")]
 
 
+def part_runs(rows, study="part"):
+    """The runs that compare parts of the norm, named by net: "layer", "layer, standardized", "RMS"."""
+    runs = select(rows, study=study).assign(optimizer=lambda own: own["optimizer"].map(TUNED))
+    names = runs["norm"].mask(runs["layer_variant"].isin(["RMS", "tanh"]), runs["layer_variant"])
+    return runs.assign(net=names.mask(runs["convolution"].notna(), names + ", standardized"))
+
+
 def parts(rows):
-    """Test and training accuracy of each part of the norm under each optimizer."""
-    by_arm = part_runs(rows).groupby(["arm", "optimizer"])
-    table = by_arm["test_accuracy"].agg(["mean", "std", "count"]).set_axis(["test accuracy", "std", "n"], axis=1)
-    table["train accuracy"] = by_arm["train_accuracy"].mean()
-    table["learning rate"] = by_arm["learning_rate"].first()
-    return table.unstack().swaplevel(axis=1).sort_index(axis=1, level=0, sort_remaining=False)
+    """Accuracy of each net with a part of the norm: on held-out images under SGD and Muon, on test images under SGD.
+
+    Held-out: the mean of three seeds at the better of two settings, which the first seed chose.
+    """
+    tried = part_runs(rows, ("part-rate", "part-decay", "part-seeds"))
+    keys = ["net", "optimizer", "learning_rate", "weight_decay"]
+    seeds = tried.groupby(keys).filter(lambda own: len(own) == 3)
+    best = validation_means(seeds, keys).groupby(level=["net", "optimizer"]).max().unstack()
+    runs = select(part_runs(rows), optimizer="SGD").groupby("net")
+    table = pd.DataFrame({"held-out, Muon": best["Muon"], "held-out, SGD": best["SGD"]})
+    table["test, SGD"], table["std"] = runs["test_accuracy"].mean(), runs["test_accuracy"].std()
+    table["n"], table["train, SGD"] = runs.size(), runs["train_accuracy"].mean()
+    return table.reindex([*ALL, *(name for name, _ in PART_CONTRASTS)])
 
 
 def part_contrasts(rows):
-    """What each part of the norm changes, in points of test accuracy, with Holm's correction over the table."""
-    of = {key: own["test_accuracy"].to_numpy(float) for key, own in part_runs(rows).groupby(["optimizer", "arm"])}
+    """What each part of the norm changes under SGD, in points of test accuracy, with Holm's correction."""
+    of = {net: own["test_accuracy"] for net, own in select(part_runs(rows), optimizer="SGD").groupby("net")}
     lines = {}
-    for name, (one, other) in itertools.product(("SGD", "Muon"), PART_CONTRASTS):
-        found = contrast(of[name, one], of[name, other])
-        lines[name, f"{one} minus {other}"] = columns_of(found, "points") | {"p, Holm": found.p}
-    table = pd.DataFrame.from_dict(lines, "index").rename_axis(["optimizer", "difference"])
+    for one, other in PART_CONTRASTS:
+        found = contrast(of[one], of[other])
+        lines[f"{one} minus {other}"] = columns_of(found, "points") | {"p, Holm": found.p}
+    for name in ("", ", standardized"):
+        found = contrast(of[f"batch{name}"], of[f"layer{name}"])
+        lines[f"batch minus layer{name and ', both standardized'}"] = columns_of(found, "points") | {"p, Holm": found.p}
+    table = pd.DataFrame.from_dict(lines, "index").rename_axis("difference")
     table["p, Holm"] = holm(table["p, Holm"])
     return table
 

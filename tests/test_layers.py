@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "engine.tune": ("models", *ENGINE, "engine.kernels"),
     "engine.records": ("engine.files",),
     "engine.data": ("models", "engine.download"),
-    "engine.trainer": ("models", "engine.data", "engine.muon", "engine.fast", "engine.kernels"),
+    "engine.trainer": ("models", "engine.data", "engine.muon", "engine.fast", "engine.records", "engine.kernels"),
     "engine.probe": ("models", "engine.data"),
     "engine.figures": ("models", "engine.data", "engine.probe", "engine.files"),
     "utils": ("models", *ENGINE, "engine.figures"),

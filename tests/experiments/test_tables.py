@@ -370,19 +370,24 @@ def test_parts_of_the_step_take_a_share_of_the_lead():
 
 def test_parts_of_the_norm_are_compared_with_the_norm_without():
     found = []
-    arms = [(norm, "", convolution) for norm in tables.ALL for convolution in (None, "standardized")]
-    for (norm, variant, convolution), name, seed in itertools.product(
-        [*arms, ("layer", "RMS", None), ("layer", "tanh", None)], ("sgdw", "muon"), range(3)
-    ):
+    nets = [(norm, "", convolution) for norm in tables.ALL for convolution in (None, "standardized")]
+    nets += [("layer", "RMS", None), ("layer", "tanh", None)]
+    for (norm, variant, convolution), seed in itertools.product(nets, range(3)):
         level = 70 + (convolution is not None) + {"RMS": 0.5, "tanh": -2}.get(variant, 0) + seed / 100
-        found.append({"study": "part", "optimizer": name, "norm": norm, "layer_variant": variant, "seed": seed})
-        found[-1] |= {"convolution": convolution, "test_accuracy": level, "train_accuracy": 80, "learning_rate": 0.1}
-    table = tables.part_contrasts(pd.DataFrame(found))
-    assert table.loc["Muon", "points"].tolist() == pytest.approx([1, 1, 1, 1, 0.5, -2])
-    assert (table["p, Holm"] < 0.01).all()
-    shown = tables.parts(pd.DataFrame(found))
-    assert shown.loc["RMS", ("SGD", "test accuracy")] == pytest.approx(70.51)
-    assert (shown["Muon", "n"] == 3).all()
+        row = {"norm": norm, "layer_variant": variant, "convolution": convolution, "seed": seed, "train_accuracy": 80}
+        found.append(row | {"study": "part", "optimizer": "sgdw", "test_accuracy": level})
+        for name, rate in itertools.product(("sgdw", "muon"), (0.1, 0.3)):
+            setting = {"optimizer": name, "learning_rate": rate, "weight_decay": 0.5}
+            accuracy = level - 1 + rate + (name == "muon")
+            found.append(row | setting | {"study": "part-rate", "validation_accuracy": accuracy})
+    rows = pd.DataFrame(found)
+    table = tables.part_contrasts(rows)
+    assert table["points"].tolist() == pytest.approx([1, 1, 1, 1, 0.5, -2, 0, 0])
+    assert (table["p, Holm"][:6] < 0.01).all()
+    shown = tables.parts(rows)
+    assert shown.loc["RMS", "test, SGD"] == pytest.approx(70.51)
+    assert shown.loc["tanh", ["held-out, SGD", "held-out, Muon"]].tolist() == pytest.approx([67.31, 68.31])
+    assert (shown["n"] == 3).all()
 
 
 def test_intervals_over_seeds_and_images_are_wider():
