@@ -108,7 +108,7 @@ def plot_statistics(rows, inside):
         xscale="log",
         yscale="log",
         xlabel="images that the means are taken over",
-        ylabel="in standard deviations of the activations",
+        ylabel="in those of the activations",
     )
     left.set_title("standard deviation of the means, a point per layer", fontsize=10)
     left.minorticks_off()

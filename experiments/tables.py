@@ -80,7 +80,11 @@ def show(frame, digits=2):
             columns[f"{name} (95% interval)"] = [interval_text(*triple, digits) for triple in triples]
         else:
             columns[name] = [number_text(name, value, DIGITS.get(name, digits)) for value in frame[name]]
-    index = frame.index if frame.index.nlevels > 1 else frame.index.map(label_text)
+    index = frame.index
+    if index.nlevels > 1:
+        index = index.set_levels([level.map(label_text) for level in index.levels])
+    else:
+        index = index.map(label_text)
     index = index.set_names([str(name or "").replace("_", " ") for name in frame.index.names])
     shown = pd.DataFrame(columns, index=index).rename(columns=label_text)
     return shown.rename_axis(columns=frame.columns.name and frame.columns.name.replace("_", " "))
@@ -521,7 +525,7 @@ def surface_contrasts(rows):
             found = contrast(*parts, weights=(1, -1, -1, 1))
             name = f"{one[0]} at {one[1]} minus {other[0]} at {other[1]}"
             lines[data, name, f"{first} minus {second}"] = columns_of(found, "points") | {"p, Holm": found.p}
-    table = pd.DataFrame.from_dict(lines, "index").rename_axis(["dataset", "leads", "of"])
+    table = pd.DataFrame.from_dict(lines, "index").rename_axis(["dataset", "contrast", "lead"])
     table["p, Holm"] = table.groupby("dataset")["p, Holm"].transform(holm)
     return table
 

@@ -324,7 +324,7 @@ def test_leads_by_optimizer_and_batch_size():
 
 def test_leads_are_compared_between_corners_with_holms_correction():
     table = tables.surface_contrasts(lead_rows())
-    points = table["points"].xs("batch minus layer", level="of").xs("CIFAR-100")
+    points = table["points"].xs("batch minus layer", level="lead").xs("CIFAR-100")
     assert points.round().tolist() == [2, -1, 3, 0]
     plain = table["p, Holm"].xs("CIFAR-10")
     assert len(plain) == 8
