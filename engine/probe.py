@@ -134,23 +134,6 @@ def percent(flags):
     return round(100 * flags.float().mean().item(), 1) if len(flags) else "-"
 
 
-def vote_table(runs, data, votes):
-    """Say with whom the nets side where most people do not give the label, when all seeds of {norm: list of Run} vote.
-
-    votes  (N, classes) counts from `engine.data.human_votes`
-    """
-    labels, commonest = data.test_labels.cpu(), votes.argmax(1)
-    against = (2 * votes[torch.arange(len(labels)), commonest] > votes.sum(1)) & (commonest != labels)
-    lines = []
-    for norm, norm_runs in runs.items():
-        vote = torch.stack([run.scores.predictions for run in norm_runs]).mode(0).values[against]
-        people, label = vote == commonest[against], vote == labels[against]
-        shares = {"with people, %": people, "with the label, %": label, "with neither, %": ~people & ~label}
-        shares = {name: percent(share) for name, share in shares.items()}
-        lines.append({"norm": norm, "seeds": len(norm_runs), "images": int(against.sum())} | shares)
-    return pd.DataFrame(lines).set_index("norm")
-
-
 def describe_votes(votes, classes, most=2):
     """Return what people answered for an image, the commonest first: "25 frog, 24 cat"."""
     commonest = votes.argsort(descending=True, stable=True)[:most]

@@ -340,9 +340,9 @@ class Trainer:
         """Raise ValueError if the first epoch changed a plain attribute: of a copy, and not in a checkpoint."""
         with self.on_stream():
             found = self.plain_attributes()
-        for name, text in found.items():
-            if self.attributes.get(name, text) != text:
-                advice = "register it as a buffer and change it in place, or set it to None before training"
+        for name in self.attributes | found:
+            if self.attributes.get(name) != found.get(name):
+                advice = "register it as a buffer and change it in place; only a tensor may start as None"
                 raise ValueError(f"{name} changes in training, which would be lost; {advice}")
         self.attributes = None  # later, what `test` leaves would count
 

@@ -16,7 +16,6 @@ from scipy import stats
 from engine.statistics import contrast
 from experiments import ROOT
 from experiments.sweeps import RECIPE, SETTING, best_settings, rate_runs, validation_means
-from models import NORM_OF
 
 RESULTS = ROOT / "results"
 NORMS = ("batch", "layer", "group")
@@ -551,8 +550,8 @@ def chosen(rows):
 
 STEPS = {  # of the sweep step, from momentum alone to Muon
     "sgdw": "momentum",
-    "tensor-norm": "fixed norm per matrix",
-    "filter-norm": "fixed norm per filter",
+    "tensor-norm": "normalized per matrix",
+    "filter-norm": "normalized per filter",
     "muon-one-rate": "Muon",
 }
 
@@ -586,19 +585,41 @@ def step_parts(rows):
     return pd.DataFrame.from_dict(lines, "index").rename_axis(["lead", "step"])
 
 
-def largest_rates(rows):
-    """The learning rate chosen for each step and norm, and the largest tried that did not overflow or fall under 60%.
+def step_rates(rows):
+    """Learning rates by step and norm: chosen, and the smallest and the largest tried that learned.
 
-    "0.1, 0.3+": 0.1 was chosen, and 0.3 is the largest tried.
+    To learn is not to overflow and to reach 60% on held-out images.
     """
     tried = select(rows, study="step-rate")
-    lines = {}
-    for (name, norm), own in step_runs(rows).groupby(["optimizer", "norm"]):
-        of_net = select(tried, optimizer=name, norm=norm)
-        stable = of_net[of_net["validation_accuracy"] > 60]["learning_rate"].max()
-        more = "+" * bool(stable == of_net["learning_rate"].max())
-        lines.setdefault(STEPS[name], {})[norm] = f"{own['learning_rate'].iloc[0]:g}, {stable:g}{more}"
-    return pd.DataFrame.from_dict(lines, "index")[list(ALL)].reindex(STEPS.values()).rename_axis("step")
+    tried = tried[tried["validation_accuracy"] > 60].groupby(["optimizer", "norm"])["learning_rate"]
+    chosen = step_runs(rows).groupby(["optimizer", "norm"])["learning_rate"].first()
+    table = pd.DataFrame({"chosen": chosen, "smallest": tried.min(), "largest": tried.max()}).unstack()
+    return table.swaplevel(axis=1)[list(ALL)].reindex(STEPS).rename(STEPS).rename_axis("step").map("{:g}".format)
+
+
+def edges(rows):
+    """The chosen settings of `tuning`'s sweeps at an edge of what was tried: the smallest or the largest rate or decay.
+
+    Grids grow until the best of seed 0 lies inside; three seeds may then choose another.
+    """
+    keys = ["dataset", "augment", "optimizer", "batch_size", "net", "layer_variant", "convolution"]
+    share = rows["weight_decay"] * rows["learning_rate"] * 50_000 / rows["batch_size"]
+    rows = rows.assign(decay=share.map("{:.1g}".format).astype(float))
+    rows[keys] = rows[keys].astype(object).where(rows[keys].notna(), "")
+    lines = []
+    for name in ("lead", "lead-100", "step", "part"):
+        tried = select(rows, study=(f"{name}-rate", f"{name}-decay")).groupby(keys)
+        for key, own in select(rows, study=name).groupby(keys):
+            rate, decay = own[["learning_rate", "decay"]].iloc[0]
+            rates, decays = tried.get_group(key)["learning_rate"], tried.get_group(key)
+            decays = decays[decays["learning_rate"] == rate]["decay"]
+            at_edge = {
+                "learning rate": rate in (rates.min(), rates.max()),
+                "weight decay": len(decays) > 1 and decay in (decays.min(), decays.max()),
+            }
+            line = {"sweep": name, **dict(zip(keys, key, strict=True)), "learning rate": rate}
+            lines += [line | {"at the edge": what} for what, found in at_edge.items() if found]
+    return pd.DataFrame(lines).set_index("sweep").drop(columns=["dataset", "augment"])
 
 
 PART_CONTRASTS = [(f"{norm}, standardized", norm) for norm in ALL] + [("RMS", "layer"), ("tanh", "none")]
@@ -634,43 +655,47 @@ def part_contrasts(rows):
     for one, other in PART_CONTRASTS:
         found = contrast(of[one], of[other])
         lines[f"{one} minus {other}"] = columns_of(found, "points") | {"p, Holm": found.p}
-    for name in ("", ", standardized"):
-        found = contrast(of[f"batch{name}"], of[f"layer{name}"])
-        lines[f"batch minus layer{name and ', both standardized'}"] = columns_of(found, "points") | {"p, Holm": found.p}
     table = pd.DataFrame.from_dict(lines, "index").rename_axis("difference")
     table["p, Holm"] = holm(table["p, Holm"])
     return table
 
 
-def more_epochs(rows):
-    """Batch norm's leads after 20 and 80 epochs at batches of 500, at the settings tuned for 20."""
-    runs = select(rows, study=("lead", "time"), batch_size=500, augment="none", norm=NORMS)
-    runs = runs[runs["optimizer"].isin(["sgdw", "muon"])]
-    runs = runs.assign(optimizer=runs["optimizer"].map(TUNED))
-    return leads(runs, ["optimizer", "epochs"])
-
-
-def other_images(predictions, draws=10_000):
-    """The published leads with two intervals: over seeds, and over seeds and test images, by a bootstrap of both.
-
-    predictions  arrays of `engine.records.read_predictions`
-    """
-    generator = np.random.default_rng(0)
-    nets = {norm: net for net, norm in NORM_OF.items() if net in predictions}
-    right = {norm: 100.0 * (predictions[net] == predictions["labels"]) for norm, net in nets.items()}
-    images, stacked = len(predictions["labels"]), np.concatenate(list(right.values()))
-    means = {norm: np.empty(draws) for norm in right}
-    for draw in range(draws):
-        weights = np.bincount(generator.integers(images, size=images), minlength=images) / images
-        for accuracies, (norm, own) in zip(np.split(stacked @ weights, len(right)), right.items(), strict=True):
-            means[norm][draw] = accuracies[generator.integers(len(own), size=len(own))].mean()
+def part_leads(rows):
+    """Batch norm's leads under SGD without and with weight standardization, how much goes, and that minus a half."""
+    of = {net: own["test_accuracy"] for net, own in select(part_runs(rows), optimizer="SGD").groupby("net")}
     lines = {}
-    for first, second in (*LEADS, ("group", "layer")):
-        line = columns_of(contrast(right[first].mean(1), right[second].mean(1)), "over seeds")
-        low, high = np.quantile(means[first] - means[second], [0.025, 0.975])
-        both = {"over seeds and images": line["over seeds"], "over seeds and images, low": low}
-        lines[f"{first} minus {second}"] = line | both | {"over seeds and images, high": high}
-    return pd.DataFrame.from_dict(lines, "index").rename_axis("difference")
+    for first, second in LEADS:
+        without, both = ([of[f"{norm}{end}"] for norm in (first, second)] for end in ("", ", standardized"))
+        line = columns_of(contrast(*without), "without") | columns_of(contrast(*both), "standardized")
+        for name, part in (("goes", 1), ("goes minus half", 0.5)):
+            line |= columns_of(contrast(*without, *both, weights=(part, -part, -1, 1)), name)
+        lines[f"{first} minus {second}"] = line
+    return pd.DataFrame.from_dict(lines, "index").rename_axis("lead")
+
+
+def epoch_runs(rows):
+    """The runs of 20 and of 80 epochs at batches of 500, at the settings tuned for 20."""
+    runs = select(rows, study=("lead", "time"), batch_size=500, augment="none", norm=NORMS, optimizer=("sgdw", "muon"))
+    return runs.assign(optimizer=runs["optimizer"].map(TUNED))
+
+
+def more_epochs(rows):
+    """Batch norm's leads after 20 and after 80 epochs."""
+    return leads(epoch_runs(rows), ["optimizer", "epochs"])
+
+
+def epochs_gained(rows):
+    """What 80 epochs change against 20: each norm's accuracy, and batch norm's leads."""
+    lines = {}
+    for name, runs in epoch_runs(rows).groupby("optimizer"):
+        late, early = (samples(select(runs, epochs=count)) for count in (80, 20))
+        for norm in NORMS:
+            lines[name, norm] = columns_of(contrast(late[norm], early[norm]), "80 minus 20 epochs")
+        for first, second in LEADS:
+            parts = late[first], late[second], early[first], early[second]
+            found = contrast(*parts, weights=(1, -1, -1, 1))
+            lines[name, f"{first} minus {second}"] = columns_of(found, "80 minus 20 epochs")
+    return pd.DataFrame.from_dict(lines, "index").rename_axis(["optimizer", "of"])
 
 
 def budget(rows, column):
@@ -724,12 +749,11 @@ def speed(bench):
 def sweep_speed(bench):
     """Runs of 20 epochs a minute that `experiments.run` trains on one GPU and on two of one host, at batches of 64.
 
-    Of the sweep lead, from the rows' arrival: twelve runs at a time on each GPU, compilation apart.
+    Of the sweep lead, from the rows' arrival: twelve runs at a time on each GPU, compilation apart. Measured once.
     """
     bench = bench[bench["path"].str.startswith("sweep-")]
-    minute = 60 / bench["run_seconds"]
-    table = pd.DataFrame({"runs per minute": minute, "times one GPU": minute / minute.iloc[0]})
-    return table.set_index(bench["path"].str.removeprefix("sweep-").rename("GPUs"))
+    minute = 60 / bench.set_index(bench["path"].str.removeprefix("sweep-").rename("GPUs"))["run_seconds"]
+    return pd.DataFrame({"runs per minute": minute, "times one GPU": minute / minute["1"]})
 
 
 def mutations(rows):

@@ -158,7 +158,7 @@ def test_standardized_filters_have_no_mean_and_the_variance_of_kaiming_init():
         with torch.no_grad():
             conv.weight.mul_(3).add_(1)
         again = conv(patches)[:, :, *(size // 2 for size in conv.kernel_size)]
-        assert (again - filters).abs().max() < 1e-2, "scale or mean of a filter counts"
+        assert (again - filters).abs().max() < 1e-3, "scale or mean of a filter counts"
 
 
 def test_variants_differ_in_their_norm_alone():
@@ -235,4 +235,4 @@ def test_every_optimizer_and_every_variant_trains(small, optimizer, variant):
         for _ in trainer.epoch():
             pass
         losses.append(trainer.means()[0])
-    assert losses[-1] < losses[0] - 0.03
+    assert losses[-1] < losses[0] - (0.03 if variant.get("layer_variant") == "tanh" else 0.05)
