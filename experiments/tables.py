@@ -661,7 +661,11 @@ def part_contrasts(rows):
 
 
 def part_leads(rows):
-    """Batch norm's leads under SGD without and with weight standardization, how much goes, and that minus a half."""
+    """Batch norm's leads under SGD without and with weight standardization, how much goes, and that minus a half.
+
+    The last columns are the leads under Muon, on held-out images.
+    """
+    held_out = parts(rows)["held-out, Muon"]
     of = {net: own["test_accuracy"] for net, own in select(part_runs(rows), optimizer="SGD").groupby("net")}
     lines = {}
     for first, second in LEADS:
@@ -669,6 +673,8 @@ def part_leads(rows):
         line = columns_of(contrast(*without), "without") | columns_of(contrast(*both), "standardized")
         for name, part in (("goes", 1), ("goes minus half", 0.5)):
             line |= columns_of(contrast(*without, *both, weights=(part, -part, -1, 1)), name)
+        for end in ("", ", standardized"):
+            line[f"Muon, held-out{end}"] = held_out[f"{first}{end}"] - held_out[f"{second}{end}"]
         lines[f"{first} minus {second}"] = line
     return pd.DataFrame.from_dict(lines, "index").rename_axis("lead")
 
