@@ -154,6 +154,9 @@ def check_folder(folder, row, data):
     for path in (results / "predictions.npz", folder / "weights" / f"{row['net']}.pt"):
         files.check_writable(path)
     read_predictions(results / "predictions.npz", data.test_labels.cpu().numpy(), test_hash(data))
+    rows = read_rows(results / "runs.csv", texts=True)  # there may be no predictions
+    for name in set(rows.get("dataset", ())) - {str(row["dataset"])}:
+        raise ValueError(f"{results / 'runs.csv'} holds runs of {name!r}, not {row['dataset']!r}; name another folder")
 
 
 def check_runs(runs, data, folder):
@@ -163,10 +166,11 @@ def check_runs(runs, data, folder):
         raise ValueError(f"runs are of {nets} with seeds {seeds}; give runs of one net, each seed once")
     if mixed := mixed_settings(pd.DataFrame([one.row for one in runs])):
         raise ValueError(f"runs differ in {', '.join(mixed)}; give runs of one setting")
-    labels = data.test_labels.cpu()
+    labels, images = data.test_labels.cpu(), test_hash(data)
     for one in runs:
         found, form = one.scores.predictions, (data.name, data.split, len(labels))
         same = (one.row["dataset"], one.row["split"], len(found)) == form
+        same = same and one.images in ("", images)
         if not same or abs(100 * (found == labels).float().mean() - one.scores.accuracy) > 1e-3:
             raise ValueError(f"data are not what {one.name} was tested on, but {data.name}, {data.split} split")
     check_folder(folder, runs[0].row, data)
