@@ -295,8 +295,8 @@ def summarize(rows):
     rows = records.table_of(rows)
     for name in ("train_accuracy", "test_accuracy"):  # without one: runs that diverged, or of the validation split
         rows[name] = pd.to_numeric(rows[name], errors="coerce")
-    rows["n"] = rows["seed"].where(rows[["train_accuracy", "test_accuracy"]].notna().any(axis=1))
     keys = dict.fromkeys(["net", "norm", "study", "epochs", "augment", "parameters", *records.mixed_settings(rows)])
+    rows["n"] = rows["seed"].where(rows[["train_accuracy", "test_accuracy"]].notna().any(axis=1))
     columns = {
         "test accuracy, %": ("test_accuracy", "mean"),
         "std": ("test_accuracy", "std"),
