@@ -158,10 +158,10 @@ def whole_number(name, value, low=1, high=2**32 - 1):
 
 
 def choose(name, value, choices):
-    """Return `value`; ValueError, in one line, unless it is one of `choices`."""
+    """Return `value` as a plain str, which an Enum may be more than; ValueError unless it is one of `choices`."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} is {show(value)}; choose one of {', '.join(choices)}")
-    return value
+    return str.__str__(value)
 
 
 def check(norm, groups, widths, classes, in_channels):

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import models
 from engine import fast, files, records
-from engine.data import check_images, normalize
+from engine.data import check_images, check_text, normalize
 from engine.figures import COLORS, save_figure, title
 from engine.probe import describe_votes, eval_mode
 from engine.statistics import contrast
@@ -62,8 +62,8 @@ class Settings:
         for name, low in (("batch_size", 1), ("epochs", 1), ("seed", 0)):
             object.__setattr__(self, name, whole_number(name, getattr(self, name), low))
         object.__setattr__(self, "crop", whole_number("crop", self.crop, 0, 16))
-        choose("optimizer", self.optimizer, OPTIMIZERS)
-        choose("augment", self.augment, AUGMENTS)
+        for name, choices in (("optimizer", OPTIMIZERS), ("augment", AUGMENTS)):
+            object.__setattr__(self, name, choose(name, getattr(self, name), choices))
 
 
 def pick_device(name=None):
@@ -183,12 +183,8 @@ def test(net, images, labels):
     with eval_mode(net), flags, torch.autocast(images.device.type, enabled=False):
         logits = torch.cat([net(normalize(part)) for part in images.split(size)])
     confidences, predictions = logits.softmax(1).max(1)
-    return Scores(
-        loss=F.cross_entropy(logits, labels).item(),
-        accuracy=100 * (predictions == labels).float().mean().item(),
-        predictions=predictions.cpu(),
-        confidences=confidences.cpu(),
-    )
+    loss, accuracy = F.cross_entropy(logits, labels).item(), 100 * (predictions == labels).float().mean().item()
+    return Scores(loss, accuracy, predictions.cpu(), confidences.cpu())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -204,6 +200,7 @@ class Run:
     history: list
     scores: Scores
     row: dict
+    images: str = ""  # engine.records.test_hash of what it was scored on
 
     @property
     def name(self):
@@ -216,6 +213,7 @@ def run(name, data, settings, study="main", track=True, checkpoints=None):
 
     checkpoints  folder for the run's checkpoint, in that of `save_runs`: what that would refuse is refused at once
     """
+    check_text("study", study)
     records.code_commit()  # of the code that runs, whatever is edited while it does
     net = build(name, settings, classes=len(data.classes))
     if checkpoints:
@@ -251,8 +249,7 @@ def finish(name, net, data, settings, history, study, seconds, diverged=False, f
     if not diverged:
         accuracy["train_accuracy"] = round(test(net, data.images, data.labels).accuracy, 3)
         accuracy[f"{data.split}_accuracy"] = round(scores.accuracy, 3)
-        if data.split == "test":
-            accuracy["test_loss"] = round(scores.loss, 5)
+        accuracy["test_loss"] = round(scores.loss, 5) if data.split == "test" else ""
     row = settings_columns(name, net, data, settings, study) | {
         "precision": str(fast.pick_precision(data.images.device)).removeprefix("torch."),
         "step": "fused" if takes_fused_step(net, data.images.device, fused) else "PyTorch",
@@ -264,7 +261,7 @@ def finish(name, net, data, settings, history, study, seconds, diverged=False, f
         "commit": records.code_commit(),
         "status": "diverged" if diverged else "done",
     }
-    return Run(net, history, scores, row)
+    return Run(net, history, scores, row, records.test_hash(data))
 
 
 def save_runs(runs, data, folder):
@@ -299,10 +296,11 @@ def summarize(rows):
     for name in ("train_accuracy", "test_accuracy"):  # without one: runs that diverged, or of the validation split
         rows[name] = pd.to_numeric(rows[name], errors="coerce")
     keys = dict.fromkeys(["net", "norm", "study", "epochs", "augment", "parameters", *records.mixed_settings(rows)])
+    rows["n"] = rows["seed"].where(rows[["train_accuracy", "test_accuracy"]].notna().any(axis=1))
     columns = {
         "test accuracy, %": ("test_accuracy", "mean"),
         "std": ("test_accuracy", "std"),
-        "n": ("seed", "nunique"),
+        "n": ("n", "nunique"),
         "training accuracy, %": ("train_accuracy", "mean"),
         "seconds per run": ("seconds", "median"),
     }
@@ -331,8 +329,9 @@ def compare(rows, pairs=(("batch", "layer"), ("batch", "group"), ("group", "laye
             raise ValueError(f"a row of {norm} norm has no test accuracy; leave out what diverged or was validated")
     rows = rows[rows["norm"].isin(accuracy)]
     settings = [name for name in Settings.__dataclass_fields__ if name not in ("learning_rate", "weight_decay", "seed")]
-    for name in ("study", "dataset", "train_images", "split", *settings):
-        if name in rows and rows[name].nunique() > 1:
+    settings += ["study", "dataset", "train_images", "split", "widths", "activation", "initial_weights", "convolution"]
+    for name in settings:
+        if name in rows and rows[name].fillna("").nunique() > 1:
             raise ValueError(f"rows to compare differ in {name}: {', '.join(map(str, rows[name].unique()))}")
     lines = []
     for first, second in pairs:

@@ -51,14 +51,20 @@ class Data:
         check_images(self.test_images, self.test_labels, "test_images", len(self.classes))
         if self.test_images.device != self.images.device:
             raise ValueError(f"test_images are on {self.test_images.device}, images on {self.images.device}; move one")
-        for text in map(str, (self.name, *self.classes)):  # they go into tables, which don't keep the others
-            if text != text.strip() or not text.isprintable():
-                raise ValueError(f"a name is {text!r}; give text in one line, without space around it")
+        for text in (self.name, *self.classes):
+            check_text("a name", text)
+        models.choose("split", self.split, ("test", "validation"))
 
     @property
     def synthetic(self):
         """Whether the images were drawn by `synthetic_data`, so that accuracies on them are no results."""
         return self.name.startswith("SYNTHETIC")
+
+
+def check_text(name, text):
+    """Raise ValueError unless a text, as it is or of an object, can go into tables, which don't keep all others."""
+    if str(text) != str(text).strip() or not str(text).isprintable():
+        raise ValueError(f"{name} is {str(text)!r}; give text in one line, without space around it")
 
 
 def check_images(images, labels, name="images", classes=10):

@@ -17,6 +17,7 @@ import torch
 from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
+_held = {}  # locks, by process and file, see `lock`
 LOCK_TIMEOUT = 300  # seconds to wait for another process that writes the same file
 
 
@@ -36,6 +37,12 @@ def save_tensors(path, value):
     save(path, lambda temporary: temporary.write_bytes(content.getvalue()))
 
 
+def lock(target):
+    """Return the lock of a file, which one process at a time holds: within `rollback_on_error` the one that it has."""
+    held = _held.get((os.getpid(), target))
+    return held or FileLock(target.with_name(f".{target.name}.lock"), timeout=LOCK_TIMEOUT)
+
+
 @contextlib.contextmanager
 def replacement(path):
     """Yield the file that `path` leads to, and the path of what replaces it. One process at a time gets past here."""
@@ -46,7 +53,7 @@ def replacement(path):
     try:
         _check_writable(target)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.with_name(f".{target.name}.lock"), timeout=LOCK_TIMEOUT):
+        with lock(target):
             for stale in target.parent.glob(".*.part*"):  # from killed processes: the living wait for the lock
                 if stale.name.startswith(f".{target.name}.") and len(stale.name) == len(temporary.name):
                     stale.unlink()
@@ -72,20 +79,29 @@ def replacement(path):
 
 @contextlib.contextmanager
 def rollback_on_error(paths):
-    """Put the files back when anything is raised inside, KeyboardInterrupt too. OSError if one can't be written."""
+    """Put the files back when anything is raised inside, KeyboardInterrupt too. OSError if one can't be written.
+
+    Other processes that would write one of them wait until this has ended, so that nothing of theirs is undone.
+    """
     before = {}
     for path in paths:
         check_writable(path)
-        before[path] = read_bytes(path)
-    try:
-        yield
-    except BaseException:
-        for path, content in before.items():
-            if content is None:
-                Path(path).unlink(missing_ok=True)
-            elif read_bytes(path) != content:
-                save(path, lambda temporary, content=content: temporary.write_bytes(content))
-        raise
+    with contextlib.ExitStack() as locks:
+        for target in sorted({Path(os.path.realpath(path)) for path in paths}):  # in one order, so that none blocks
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _held[os.getpid(), target] = locks.enter_context(lock(target))
+            locks.callback(_held.pop, (os.getpid(), target), None)
+        for path in paths:
+            before[path] = read_bytes(path)
+        try:
+            yield
+        except BaseException:
+            for path, content in before.items():
+                if content is None:
+                    Path(path).unlink(missing_ok=True)
+                elif read_bytes(path) != content:
+                    save(path, lambda temporary, content=content: temporary.write_bytes(content))
+            raise
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 A problem is one line that names the file: OSError when it can't be written, ValueError when its content won't do.
 """
 
+import collections
 import contextlib
 import csv
 import functools
@@ -37,6 +38,7 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backwa
 OF_ALL_MODULES = set(vars(torch.nn.Module()))
 PLAIN = bool | int | float | complex | str | bytes | torch.dtype | slice | types.NoneType
 ARRAYS = torch.Tensor | np.ndarray | np.generic
+FUNCTIONS = types.FunctionType | types.MethodType | types.BuiltinFunctionType | functools.partial
 _at_first = weakref.WeakKeyDictionary()  # the names of each module's attributes, see `attributes`
 _commit = None  # see set_commit
 
@@ -152,6 +154,9 @@ def check_folder(folder, row, data):
     for path in (results / "predictions.npz", folder / "weights" / f"{row['net']}.pt"):
         files.check_writable(path)
     read_predictions(results / "predictions.npz", data.test_labels.cpu().numpy(), test_hash(data))
+    rows = read_rows(results / "runs.csv", texts=True)  # there may be no predictions
+    for name in set(rows.get("dataset", ())) - {str(row["dataset"])}:
+        raise ValueError(f"{results / 'runs.csv'} holds runs of {name!r}, not {row['dataset']!r}; name another folder")
 
 
 def check_runs(runs, data, folder):
@@ -161,10 +166,11 @@ def check_runs(runs, data, folder):
         raise ValueError(f"runs are of {nets} with seeds {seeds}; give runs of one net, each seed once")
     if mixed := mixed_settings(pd.DataFrame([one.row for one in runs])):
         raise ValueError(f"runs differ in {', '.join(mixed)}; give runs of one setting")
-    labels = data.test_labels.cpu()
+    labels, images = data.test_labels.cpu(), test_hash(data)
     for one in runs:
         found, form = one.scores.predictions, (data.name, data.split, len(labels))
         same = (one.row["dataset"], one.row["split"], len(found)) == form
+        same = same and one.images in ("", images)
         if not same or abs(100 * (found == labels).float().mean() - one.scores.accuracy) > 1e-3:
             raise ValueError(f"data are not what {one.name} was tested on, but {data.name}, {data.split} split")
     check_folder(folder, runs[0].row, data)
@@ -306,24 +312,47 @@ def fingerprint(net, data, settings, track, precision=None):
     return described | _plain(asdict(settings))
 
 
-def attributes(net):
+def attributes(net, original=None, deep=False):
     """Describe the plain attributes and the numbers of hooks of each module, as {name: text}.
 
-    Left out are None, tensors that were None or absent in the first call for this net, since they are what it keeps of
-    a batch, and those that are computed from parameters.
+    original  the net that `net` is a copy of
+    deep      describe lists, dicts, sets, deques and other objects by their contents, too
+
+    Left out are None, tensors that were None or absent in the first call for this net or its original, since they may
+    be what it keeps of a batch, and those that are computed from parameters.
     """
-    found = {}
+    found, originals = {}, dict(original.named_modules()) if original else {}
     for path, module in net.named_modules():
         own = {name: value for name, value in vars(module).items() if name not in OF_ALL_MODULES and value is not None}
-        at_first = _at_first.setdefault(module, set(own))
+        at_first = _at_first.setdefault(originals.get(path, module), set(own))
         for name, value in sorted(own.items()):
             kept = isinstance(value, torch.Tensor) and (name not in at_first or value.requires_grad)
-            if isinstance(value, PLAIN | ARRAYS | tuple) and not kept:
-                found[f"{path or 'net'}.{name}"] = repr(_described(value))
+            if not kept and (deep or isinstance(value, PLAIN | ARRAYS | tuple)):
+                found[f"{path or 'net'}.{name}"] = repr(_contents(value, set()) if deep else _described(value))
         for name in HOOKS:
             if hooks := getattr(module, name):
                 found[f"{path or 'net'}.{name}"] = f"{len(hooks)} hooks"
     return found
+
+
+def _contents(value, seen):
+    """Return what `_described` does, of containers and objects with all that is in them but modules and parameters."""
+    if isinstance(value, torch.Tensor) and value.requires_grad:
+        return None
+    if isinstance(value, PLAIN | ARRAYS | FUNCTIONS | type | torch.nn.Module):
+        return _described(value)
+    if id(value) in seen:
+        return "seen"
+    seen.add(id(value))
+    if isinstance(value, collections.abc.Mapping):
+        return [(_contents(key, seen), _contents(item, seen)) for key, item in value.items()]
+    if isinstance(value, tuple | list | collections.deque):
+        return [_contents(item, seen) for item in value]
+    if isinstance(value, collections.abc.Set):
+        return sorted(repr(_contents(item, seen)) for item in value)
+    slots = [name for cls in type(value).__mro__ for name in vars(cls).get("__slots__", ()) if hasattr(value, name)]
+    own = getattr(value, "__dict__", {}) | {name: getattr(value, name) for name in slots if name[:2] != "__"}
+    return type(value).__qualname__, [(name, _contents(item, seen)) for name, item in own.items()]
 
 
 def _code(module):

@@ -144,8 +144,8 @@ class Trainer:
     fused    whether to take the step of engine.kernels, see `takes_fused_step`
     stream   number of the CUDA stream: nets that train at the same time need one each
     TypeError for another kind of net, or of c11; ValueError when a batch is larger than the training split, the net has
-    fewer classes than the data, or a parameter is frozen, not float32 or has a hook, or, at the end of the first epoch,
-    when an attribute that is no buffer has changed. Nets with random layers do not resume bit for bit.
+    fewer classes than the data, or a parameter is frozen, not float32 or has a hook, or, at the end of an epoch, when
+    an attribute that is no buffer has changed, see CONTRIBUTING.md. Nets with random layers do not resume bit for bit.
     """
 
     def __init__(self, net, data, settings, fused=None, capture=True, stream=0):
@@ -308,6 +308,9 @@ class Trainer:
         if self.epochs_left == 0:
             raise ValueError(f"all epochs are done; settings.epochs is {self.settings.epochs}")
         self.epochs_left -= 1
+        if self.model and self.attributes is None:  # after the first epoch: `test` may have changed some since
+            with self.on_stream():
+                self.attributes = self.plain_attributes()
         if self.stream:
             # The state may just have been loaded on the current stream.
             self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
@@ -328,23 +331,23 @@ class Trainer:
                 self.replay()
             yield
 
-        if self.attributes:
+        if self.model:
             self.check_attributes()
 
     def plain_attributes(self):
         """Return what records.attributes describes, as the model that computes the step has it."""
-        described, of_model = records.attributes(self.net), records.attributes(self.model)
-        return {name: of_model.get(name, text) for name, text in described.items()}
+        of_net = records.attributes(self.net, deep=True)
+        return of_net | records.attributes(self.model, self.net, deep=True)
 
     def check_attributes(self):
-        """Raise ValueError if the first epoch changed a plain attribute: of a copy, and not in a checkpoint."""
+        """Raise ValueError if the epoch changed a plain attribute: of a copy, and not in a checkpoint."""
         with self.on_stream():
             found = self.plain_attributes()
-        for name in self.attributes | found:
-            if self.attributes.get(name) != found.get(name):
-                advice = "register it as a buffer and change it in place; only a tensor may start as None"
+        for name, text in found.items():
+            if self.attributes.get(name) != text:
+                advice = "register a buffer and change it in place"
                 raise ValueError(f"{name} changes in training, which would be lost; {advice}")
-        self.attributes = None  # later, what `test` leaves would count
+        self.attributes = None
 
     def means(self):
         """Return the epoch's mean training loss and accuracy (percent) so far; waits for the GPU."""

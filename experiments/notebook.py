@@ -19,12 +19,19 @@ class Refused(Exception):
 
 
 def committed(root):
-    """Return s8.ipynb as the checkout's last commit has it; where there is no git, as it is."""
+    """Return s8.ipynb as the checkout's last commit has it, or, where there is no git, as it is.
+
+    Refused when the sources of its cells were edited since, since publishing would overwrite that.
+    """
+    there = nbformat.read(root / "s8.ipynb", as_version=4)
     try:
-        content = records.git(root, "show", "HEAD:./s8.ipynb")
+        original = nbformat.reads(records.git(root, "show", "HEAD:./s8.ipynb"), as_version=4)
     except (OSError, subprocess.CalledProcessError):
-        content = (root / "s8.ipynb").read_text(encoding="utf-8")
-    return nbformat.reads(content, as_version=4)
+        return there
+    first, second = ([(cell.cell_type, cell.source) for cell in of.cells] for of in (there, original))
+    if first != second:
+        raise Refused("its cells differ from the committed ones, and would be overwritten; commit or undo that")
+    return original
 
 
 def check_source(notebook, original, seeds):

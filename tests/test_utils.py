@@ -1,6 +1,7 @@
 """Settings, training and its checkpoints, testing, runs and their tables, and the grid of mistakes."""
 
 import copy
+import enum
 import math
 import warnings
 from dataclasses import FrozenInstanceError, asdict, fields, replace
@@ -417,6 +418,18 @@ def test_a_checkpoint_without_a_name_is_refused(tiny):
     refuses(lambda: trained(tiny, checkpoint=""), "checkpoint is ''; name a file")
 
 
+class Name(enum.StrEnum):
+    MUON = "muon"
+    FLIP = "flip"
+
+
+def test_a_run_whose_settings_are_enums_resumes(tiny, tmp_path):
+    settings = replace(SHORT, optimizer=Name.MUON, augment=Name.FLIP)
+    assert type(settings.optimizer) is type(settings.augment) is str
+    _, history = trained(tiny, settings=settings, checkpoint=tmp_path / "run.pt")
+    assert trained(tiny, settings=settings, checkpoint=tmp_path / "run.pt")[1] == history
+
+
 def test_a_finished_run_is_not_run_again(tiny, tmp_path, monkeypatch):
     path, settings = tmp_path / "run.pt", replace(LONG, learning_rate=np.float64(0.03))
     expected, history = trained(tiny, "NetA", settings, checkpoint=path)
@@ -697,13 +710,29 @@ def test_a_folder_of_other_images_with_these_labels_is_refused_before_training(t
     monkeypatch.setattr(Trainer, "step", lambda trainer: pytest.fail("it was trained"))
     gray = tiny.test_images.float().mean(3, keepdim=True).byte().expand(-1, -1, -1, 3).contiguous()
     for other in (replace(tiny, test_images=gray, name="gray"), replace(tiny, test_images=255 - tiny.test_images)):
-        runs = [replace(one, row=one.row | {"dataset": other.name}) for one in two_runs[0]]
+        found = records.test_hash(other)
+        runs = [replace(one, row=one.row | {"dataset": other.name}, images=found) for one in two_runs[0]]
         for call in (
             lambda other=other: utils.run("NetB", other, SHORT, checkpoints=tmp_path / "checkpoints"),
             lambda other=other, runs=runs: utils.save_runs(runs, other, tmp_path),
         ):
             refuses(call, f"{tmp_path}/results/predictions.npz holds predictions for 50 other images; name another")
     assert contents(tmp_path) == before
+
+
+def test_rows_of_other_data_are_refused_where_predictions_are_missing(tiny, two_runs, tmp_path, monkeypatch):
+    utils.save_runs(two_runs[0], tiny, tmp_path)
+    (tmp_path / "results" / "predictions.npz").unlink()
+    other = replace(tiny, name="mine")
+    monkeypatch.setattr(Trainer, "step", lambda trainer: pytest.fail("it was trained"))
+    message = f"{tmp_path}/results/runs.csv holds runs of {tiny.name!r}, not 'mine'; name another folder"
+    refuses(lambda: utils.run("NetB", other, SHORT, checkpoints=tmp_path / "checkpoints"), message)
+
+
+@pytest.mark.parametrize("study", ["mine ", "two\nlines", "\ud800"])
+def test_a_study_that_tables_do_not_keep_is_refused_before_training(tiny, monkeypatch, study):
+    monkeypatch.setattr(Trainer, "step", lambda trainer: pytest.fail("it was trained"))
+    refuses(lambda: utils.run("NetA", tiny, SHORT, study=study), f"study is {study!r}; give text in one line")
 
 
 def test_nothing_is_saved_over_published_results(tiny, two_runs, tmp_path, monkeypatch):
@@ -768,7 +797,13 @@ def test_runs_that_do_not_belong_together_are_not_saved(tiny, two_runs, tmp_path
         message = f"runs are of {nets} with seeds {seeds}; give runs of one net, each seed once"
         refuses(lambda runs=runs: utils.save_runs(runs, tiny, tmp_path), message)
     few = {"test_images": tiny.test_images[:9], "test_labels": tiny.test_labels[:9]}
-    for changes in ({"test_labels": (tiny.test_labels + 1) % 10}, {"name": "CIFAR-10"}, {"split": "validation"}, few):
+    for changes in (
+        {"test_labels": (tiny.test_labels + 1) % 10},
+        {"name": "CIFAR-10"},
+        {"split": "validation"},
+        few,
+        {"test_images": 255 - tiny.test_images},
+    ):
         data = replace(tiny, **changes)
         message = f"data are not what batch norm (NetA), seed 7 was tested on, but {data.name}, {data.split} split"
         refuses(lambda data=data: utils.save_runs([first], data, tmp_path), message)
@@ -870,6 +905,13 @@ def test_rows_of_several_settings_are_lines_of_their_own(changes, values):
     assert table["test accuracy, %"].tolist() == [86.5, 80.0]
 
 
+def test_a_seed_that_diverged_is_not_counted():
+    rows = [*rows_of("NetA", [86.0, 87.0]), row_of("NetA", 2, "", train_accuracy="", status="diverged")]
+    table = utils.summarize(rows)
+    assert table["n"].tolist() == [2]
+    assert table["test accuracy, %"].tolist() == [86.5]
+
+
 def test_a_setting_that_some_rows_lack_keeps_its_line():
     old = [{name: value for name, value in row.items() if name != "optimizer"} for row in rows_of("NetA", [86.0])]
     table = utils.summarize(old + rows_of("NetA", [80.0], optimizer="sgd"))
@@ -924,6 +966,18 @@ def test_comparison_is_in_percentage_points():
             rows_of("NetA", [86.0], batch_size=500) + rows_of("NetB", [85.0], batch_size=50),
             "rows to compare differ in batch_size: 500, 50",
         ),
+        *[
+            (
+                rows_of("NetA", [86.0], **{name: first}) + rows_of("NetB", [85.0], **{name: second}),
+                f"rows to compare differ in {name}: {first}, {second}",
+            )
+            for name, first, second in [
+                ("widths", "16 32", "16 64"),
+                ("activation", "SiLU", "ReLU"),
+                ("initial_weights", math.nan, "orthogonal"),
+                ("convolution", math.nan, "depthwise"),
+            ]
+        ],
         ([], "rows are empty; give rows of results/runs.csv"),
     ],
 )

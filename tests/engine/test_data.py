@@ -71,6 +71,7 @@ RIGHT = {"images": IMAGES, "labels": LABELS, "test_images": IMAGES, "test_labels
         ({"classes": ("c\nat", *"bcdefghij")}, r"a name is 'c\nat'; give text"),
         ({"classes": (*"abcdefghi", " cat")}, "a name is ' cat'; give text"),
         ({"name": "my data "}, "a name is 'my data '; give text"),
+        ({"split": "dev"}, "split is 'dev'; choose one of test, validation"),
     ],
 )
 def test_data_of_another_form_is_refused_in_one_line(change, message):

@@ -11,6 +11,7 @@ import shutil
 import signal
 import stat
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -28,6 +29,17 @@ OLD, NEW = b"old" * 50_000, b"new" * 50_000
 
 def save(path, content=NEW):
     files.save(path, lambda temporary: temporary.write_bytes(content))
+
+
+WRITE = f"""
+import pathlib, sys
+sys.path.insert(0, {str(ROOT)!r})
+from engine import files
+print("ready", flush=True)
+sys.stdin.read()
+with files.replacement(sys.argv[1]) as (target, temporary):
+    temporary.write_bytes(pathlib.Path(target).read_bytes() + b" and theirs")
+"""
 
 
 def leftovers(folder):
@@ -60,6 +72,25 @@ def test_what_fails_leaves_the_old_file_and_nothing_else(tmp_path, failure):
         files.save(path, write)
     assert path.read_bytes() == OLD
     assert not leftovers(tmp_path)
+
+
+def test_what_another_process_writes_meanwhile_is_not_undone(tmp_path):
+    path = tmp_path / "rows"
+    save(path, OLD)
+    other = subprocess.Popen([sys.executable, "-c", WRITE, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def fail():
+        with files.rollback_on_error([path]):
+            save(path, b"ours")
+            assert other.stdout.readline()
+            other.stdin.close()
+            time.sleep(0.5)
+            raise OSError("full")
+
+    refused(fail, OSError, "full")
+    assert other.wait() == 0
+    other.stdout.close()
+    assert path.read_bytes() == OLD + b" and theirs"
 
 
 @pytest.mark.parametrize("error", [OSError("full"), KeyboardInterrupt()])

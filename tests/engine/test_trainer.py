@@ -1,8 +1,10 @@
 """The training step against the plain loop of PyTorch, its batches and schedule, its state, and how it diverges."""
 
+import collections
 import copy
 import math
 import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -425,7 +427,80 @@ def test_state_in_a_plain_attribute_is_refused_by_name(small, private, shared):
     if shared:
         net.C5.norm.register_buffer("steps", torch.zeros(()))
     trainer = Trainer(net, small, SHORT)
-    with pytest.raises(ValueError, match=rf"^C5.norm.{name} changes in training, which would be lost; register it as"):
+    with pytest.raises(ValueError, match=rf"^C5.norm.{name} changes in training, which would be lost; register a"):
+        run_epoch(trainer)
+
+
+class Holder:
+    __slots__ = ("mean",)
+
+
+def kept_in(kind):
+    """Return a container with a mean, and the functions that get it and set it."""
+    container = {"dict": {}, "list": [0], "set": set(), "deque": collections.deque([0])}.get(kind)
+    if kind in ("namespace", "slots"):
+        container = types.SimpleNamespace() if kind == "namespace" else Holder()
+        return container, lambda: container.mean, lambda mean: setattr(container, "mean", mean)
+    if kind == "set":
+        return container, lambda: next(iter(container)), lambda mean: (container.clear(), container.add(mean))
+    if kind == "nested":
+        container = {"of": [{}]}
+        return container, lambda: container["of"][0][0], lambda mean: container["of"][0].update({0: mean})
+    return container, lambda: container[0], lambda mean: container.__setitem__(0, mean)
+
+
+@pytest.mark.parametrize("kind", ["dict", "list", "set", "deque", "namespace", "slots", "nested"])
+def test_state_inside_an_attribute_is_refused_by_name(small, kind):
+    class Norm(nn.Module):
+        def forward(self, x):
+            self.put(0.9 * self.get() + 0.1 * x.detach().float().mean((0, 2, 3))[:, None, None])
+            return x - self.get().to(x.dtype)
+
+    net = models.NetB(widths=NARROW)
+    net.C5.norm = Norm()
+    net.C5.norm.register_buffer("steps", torch.zeros(()))  # so that it is shared, and its functions with it
+    net.C5.norm.state, net.C5.norm.get, net.C5.norm.put = kept_in(kind)
+    net.C5.norm.put(torch.zeros(8, 1, 1))
+    with pytest.raises(ValueError, match=r"^C5.norm.state changes in training, which would be lost; register a buffer"):
+        run_epoch(Trainer(net, small, SHORT))
+
+
+@pytest.mark.parametrize("start", ["None", "a number of the class"])
+def test_a_number_that_is_none_or_absent_at_first_is_refused(small, start):
+    class Counting(nn.SiLU):
+        calls = 0
+
+        def forward(self, x):
+            self.calls = (self.calls or 0) + 1
+            return super().forward(x)
+
+    net = models.NetB(widths=NARROW)
+    net.C5.activation = Counting()
+    if start == "None":
+        net.C5.activation.calls = None
+    with pytest.raises(ValueError, match=r"^C5.activation.calls changes in training, which would be lost; register a"):
+        run_epoch(Trainer(net, small, SHORT))
+
+
+def test_state_that_changes_from_the_second_epoch_on_is_refused(small):
+    class Late(nn.SiLU):
+        def __init__(self, steps):
+            super().__init__()
+            self.register_buffer("steps", torch.tensor(-steps))
+            self.calls = 0
+
+        def forward(self, x):
+            if self.training:
+                self.steps += 1
+                self.calls += int(self.steps > 0)
+            return super().forward(x)
+
+    net = models.NetB(widths=NARROW)
+    net.C5.activation = Late(len(small.images) // SHORT.batch_size)
+    trainer = Trainer(net, small, SHORT)
+    run_epoch(trainer)
+    net.C5.activation.calls = 5  # between epochs anything may
+    with pytest.raises(ValueError, match=r"^C5.activation.calls changes in training"):
         run_epoch(trainer)
 
 

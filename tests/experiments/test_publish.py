@@ -699,6 +699,17 @@ def test_damaged_rows_of_the_checkout_are_refused(finished):
     refuse(finished, rf"{table} ends within a line; mend or delete it")
 
 
+def test_edits_of_the_notebook_that_are_not_committed_are_not_overwritten(finished):
+    root = finished[1]
+    git = ["git", "-C", root, "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "s8.ipynb"], ["commit", "-qm", "Add"]):
+        subprocess.run([*git, *command], check=True)
+    edited = nbformat.read(root / "s8.ipynb", as_version=4)
+    edited.cells[0].source += " edited"
+    nbformat.write(edited, root / "s8.ipynb")
+    refuse(finished, "s8.ipynb: its cells differ from the committed ones, and would be overwritten; commit or undo")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -351,7 +351,7 @@ MUTATIONS = [
     (
         "state in a plain attribute is not lost",
         "engine/trainer.py",
-        "            if self.attributes.get(name, text) != text:\n",
+        "            if self.attributes.get(name) != text:\n",
         "            if False:\n",
         f"{TRAINER}::test_state_in_a_plain_attribute_is_refused_by_name",
     ),
