@@ -381,7 +381,7 @@ def plot_mistakes(run, data, path=None, votes=None):
         raise ValueError(f"votes are for other images than those of {data.name}, {data.split} split; leave them out")
     chosen = most_confident_mistakes(scores.predictions, scores.confidences, labels).tolist()
     figure, axes = plt.subplots(5, 4, figsize=(8, 7.9), width_ratios=(1, 2.15) * 2)
-    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.92, wspace=0.05, hspace=0.12)
+    figure.subplots_adjust(0.01, 0.01, 0.99, 0.89 if data.synthetic else 0.92, wspace=0.05, hspace=0.12)
     heading = f"The {len(chosen)} most confident mistakes\n{run.name}" if chosen else f"No mistakes\n{run.name}"
     figure.suptitle(title(heading, data), fontsize=14, y=0.99)
     for axis in axes.flat:
