@@ -803,11 +803,11 @@ def test_the_source_is_compared_with_the_last_commit(finished, monkeypatch):
     for command in (["init", "-q"], ["add", "s8.ipynb"], ["commit", "-q", "-m", "s8"]):
         subprocess.run(["git", *command], cwd=root, env=environment, check=True)
     monkeypatch.setenv("GIT_DIR", str(root / "of a hook"))
-    edit(root / "s8.ipynb", 0, source="not committed")
     publish.publish(folder, root=root)
-    edit(root / "s8.ipynb", 0, source="# Other")
     edit(folder / "s8.ipynb", 0, source="# Other")
     refuse(finished, "s8.ipynb: cell 0 is not that of the committed s8.ipynb")
+    edit(root / "s8.ipynb", 0, source="# Other")
+    refuse(finished, "its cells differ from the committed ones")
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,7 @@ MUTATIONS = [
     (
         "processes do not overwrite each other's rows",
         "engine/files.py",
-        '        with FileLock(target.with_name(f".{target.name}.lock"), timeout=LOCK_TIMEOUT):\n',
+        "        with lock(target):\n",
         "        with contextlib.nullcontext():\n",
         f"{RECORDS}::test_no_row_of_several_writers_is_lost",
     ),
