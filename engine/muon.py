@@ -42,7 +42,7 @@ class Muon(torch.optim.Optimizer):
     lr            learning rate: a float, or a tensor on the parameters' device, which can change inside a CUDA graph
     rest_lr       a multiplier: the other groups step with rest_lr * lr and do not decay
     dtype         type in which the Newton-Schulz iteration computes
-    direction     what makes the step of a stack (K, m, n) from its momentum: newton_schulz, or another norm of the step
+    direction     makes a step of the momentum (K, m, n): newton_schulz, fix_tensor_norm or fix_filter_norm
 
     All matrices are orthogonalized at once, in one zero-padded stack, where torch.optim.Muon and timm take one after
     another. As in torch.optim, `found_inf` may hold a tensor that keeps the parameters as they are unless it is 0.

@@ -236,8 +236,6 @@ def long(rows):
     return sorted(found, key=lambda one: one.batch_size)
 
 
-# Sweep: the split that it is scored on, its function, and the sweep whose rows it needs first.
-# results/runs.csv has two more, which ran before: optimizer-h200, on another GPU, batch-size-first, at higher rates.
 CORNERS = tuple(itertools.product(("sgdw", "muon"), (64, 500)))  # of PLAN.md's contrasts
 CELLS = [
     Cell(*pair, nets=WITH_CONTROL, seeds=10) if pair in CORNERS else Cell(*pair)
@@ -262,6 +260,8 @@ CELLS_100 = [Cell(*pair, dataset="CIFAR-100", seeds=10) for pair in CORNERS]
 
 PYTORCH_STEP = ("captured", *tuning("part", []))  # without the fused step, which does not know all of their nets
 
+# Sweep: the split that it is scored on, its function, and the sweep whose rows it needs first.
+# results/runs.csv has two more, which ran before: optimizer-h200, on another GPU, batch-size-first, at higher rates.
 SWEEPS = {
     "tune": ("validation", tune, None),
     "augment": ("test", augment, None),

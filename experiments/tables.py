@@ -545,7 +545,7 @@ def chosen(rows):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Parts: of Muon's step, of the norm; more epochs; other test images
+# Parts: of Muon's step, of the norm; more epochs
 # ---------------------------------------------------------------------------------------------------------------------
 
 STEPS = {  # of the sweep step, from momentum alone to Muon

@@ -219,7 +219,8 @@ VARIANTS = [
 
 @pytest.mark.parametrize(
     ("optimizer", "variant"),
-    [(name, {"net": "NetB"}) for name in OPTIMIZERS] + list(itertools.product(("sgdw", "adamw", "muon"), VARIANTS)),
+    [(name, {"net": "NetB"}) for name in OPTIMIZERS]
+    + list(itertools.product(("sgd", "sgdw", "adamw", "muon"), VARIANTS)),
 )
 def test_every_optimizer_and_every_variant_trains(small, optimizer, variant):
     """In ten steps on the same 40 images."""
@@ -227,8 +228,8 @@ def test_every_optimizer_and_every_variant_trains(small, optimizer, variant):
     if variant.get("layer_variant") == "tanh" and optimizer != "adamw":
         rate = 0.1  # without statistics, signals start small
     few = replace(small, images=small.images[:40], labels=small.labels[:40])
-    settings = {"batch_size": 40, "epochs": 10, "optimizer": optimizer, "learning_rate": rate, "weight_decay": 0.01}
-    one = Experiment(**settings, **variant)
+    few_norms = {"weight_decay": 0.01} if {"convolution", "initial_weights"} & set(variant) else {}
+    one = Experiment(batch_size=40, epochs=10, optimizer=optimizer, learning_rate=rate, **few_norms, **variant)
     trainer = Trainer(one.build(), few, one)
     losses = []
     for _ in range(10):
