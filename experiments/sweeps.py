@@ -102,20 +102,33 @@ def with_recipe(recipe, nets, seeds, augment):
     ]
 
 
-def search(rows):
+def search(rows, augment="none"):
     """List random recipes, the same for each net."""
-    return [one for recipe in draw_recipes() for one in with_recipe(recipe, WITH_CONTROL, [0], "none")]
+    return [one for recipe in draw_recipes() for one in with_recipe(recipe, WITH_CONTROL, [0], augment)]
 
 
-def search_seeds(rows, count=5):
-    """List three new seeds of each net's best recipes."""
-    accuracy = validation_means(rows[rows["study"] == "search"], ["net", *RECIPE])
-    chosen = []
+def best_recipes(rows, study, seeds, count, augment):
+    """List these seeds of each net's best recipes in a study."""
+    accuracy = validation_means(rows[rows["study"] == study], ["net", *RECIPE])
+    found = []
     for net in accuracy.index.unique("net"):
         for values in accuracy[net].nlargest(count).index:
             recipe = {name: TYPES[name](value) for name, value in zip(RECIPE, values, strict=True)}
-            chosen += with_recipe(recipe, [net], [1, 2, 3], "none")
-    return sorted(chosen, key=lambda one: one.batch_size)
+            found += with_recipe(recipe, [net], seeds, augment)
+    return sorted(found, key=lambda one: one.batch_size)
+
+
+def searching(name, augment):
+    """Return the three sweeps of a random search, as entries of SWEEPS.
+
+    Random recipes, three new seeds of each net's best five, and on the test set ten seeds of the best of these.
+    """
+    seeds = f"{name}-seeds"
+    return {
+        name: ("validation", lambda rows: search(rows, augment), None),
+        seeds: ("validation", lambda rows: best_recipes(rows, name, [1, 2, 3], 5, augment), name),
+        f"{name}-best": ("test", lambda rows: best_recipes(rows, seeds, range(10), 1, augment), seeds),
+    }
 
 
 def rate(rows):
@@ -207,7 +220,7 @@ def time(rows):
 
 
 LONG = {"epochs": 200, "augment": "flip+crop"}
-LONG_SETTINGS = [  # one change after the other
+LONG_SETTINGS = [  # one change after the other, then changes that helped batch norm together
     {"learning_rate": 0.03, "weight_decay": 0.1} | change
     for change in (
         {},
@@ -218,6 +231,10 @@ LONG_SETTINGS = [  # one change after the other
         {"label_smoothing": 0.05},
         {"crop": 4},
         {"batch_size": 250},
+        {"label_smoothing": 0.0, "weight_decay": 0.2},
+        {"label_smoothing": 0.0, "learning_rate": 0.06},
+        {"label_smoothing": 0.0, "crop": 4},
+        {"label_smoothing": 0.0, "crop": 4, "weight_decay": 0.2},
     )
 ]
 
@@ -242,12 +259,20 @@ CELLS = [
     for pair in itertools.product(("sgdw", "adamw", "muon"), (64, 125, 250, 500, 1000))
 ]
 CELLS.append(Cell("muon", 500, augment="flip+crop", seeds=10))
-STEPS = ("sgdw", "tensor-norm", "filter-norm", "muon-one-rate")  # from momentum to Muon, one part after the other
-CELLS_STEP = [Cell(step, 500, nets=WITH_CONTROL, variant=(("momentum", Settings.momentum),)) for step in STEPS]
+STEPS = {  # optimizers: titles, from momentum to Muon, one part after the other
+    "sgdw": "momentum",
+    "tensor-norm": "normalized per matrix",
+    "filter-norm": "normalized per filter",
+    "muon-one-rate": "Muon",
+}
+CELLS_STEP = [
+    Cell(step, size, nets=WITH_CONTROL, variant=(("momentum", Settings.momentum),))
+    for size, step in itertools.product((500, 125), STEPS)
+]
 CELLS_PART = [
-    Cell(optimizer, 500, nets=nets, seeds=seeds, variant=variant)
-    for (optimizer, seeds), (nets, variant) in itertools.product(
-        (("sgdw", 3), ("muon", 0)),  # Muon's runs on the test set are to come; three are there, unused
+    Cell(optimizer, 500, nets=nets, seeds=3, variant=variant)
+    for optimizer, (nets, variant) in itertools.product(
+        ("sgdw", "muon"),
         (
             (WITH_CONTROL, ()),
             (WITH_CONTROL, (("convolution", "standardized"),)),
@@ -266,8 +291,8 @@ SWEEPS = {
     "tune": ("validation", tune, None),
     "augment": ("test", augment, None),
     "captured": ("test", captured, None),
-    "search": ("validation", search, None),
-    "search-seeds": ("validation", search_seeds, "search"),
+    **searching("search", "none"),
+    **searching("search-augment", "flip+crop"),
     "rate": ("validation", rate, None),
     "rate-seeds": ("validation", rate_seeds, "rate"),
     "optimizer": ("test", optimizer, "rate-seeds"),

@@ -15,7 +15,7 @@ from scipy import stats
 
 from engine.statistics import contrast
 from experiments import ROOT
-from experiments.sweeps import RECIPE, SETTING, best_settings, rate_runs, validation_means
+from experiments.sweeps import RECIPE, SETTING, STEPS, best_settings, rate_runs, validation_means
 
 RESULTS = ROOT / "results"
 NORMS = ("batch", "layer", "group")
@@ -548,13 +548,6 @@ def chosen(rows):
 # Parts: of Muon's step, of the norm; more epochs
 # ---------------------------------------------------------------------------------------------------------------------
 
-STEPS = {  # of the sweep step, from momentum alone to Muon
-    "sgdw": "momentum",
-    "tensor-norm": "normalized per matrix",
-    "filter-norm": "normalized per filter",
-    "muon-one-rate": "Muon",
-}
-
 
 def step_runs(rows):
     """The runs on the test set that compare parts of Muon's step, with the steps' names."""
@@ -600,7 +593,7 @@ def step_rates(rows):
 def edges(rows):
     """The chosen settings of `tuning`'s sweeps at an edge of what was tried: the smallest or the largest rate or decay.
 
-    Grids grow until the best of seed 0 lies inside; three seeds may then choose another.
+    None, unless what lies beyond was not run.
     """
     keys = ["dataset", "augment", "optimizer", "batch_size", "net", "layer_variant", "convolution"]
     share = rows["weight_decay"] * rows["learning_rate"] * 50_000 / rows["batch_size"]
@@ -608,7 +601,7 @@ def edges(rows):
     rows[keys] = rows[keys].astype(object).where(rows[keys].notna(), "")
     lines = []
     for name in ("lead", "lead-100", "step", "part"):
-        tried = select(rows, study=(f"{name}-rate", f"{name}-decay")).groupby(keys)
+        tried = select(rows, study=[f"{name}-{part}" for part in ("rate", "decay", "edges")]).groupby(keys)
         for key, own in select(rows, study=name).groupby(keys):
             rate, decay = own[["learning_rate", "decay"]].iloc[0]
             rates, decays = tried.get_group(key)["learning_rate"], tried.get_group(key)

@@ -1,12 +1,14 @@
 """Tuning of learning rate and weight decay, for many cells of a comparison and for each of their nets alike.
 
-A cell is a place at which nets are compared: optimizer, batch size, data set, augmentation. Its tuning has four sweeps:
+A cell is a place at which nets are compared: optimizer, batch size, data set, augmentation. Its tuning has five sweeps:
 
 1. rate: five learning rates, half a decade apart, at the first decay. While a net's best is the smallest or the
    largest, the next one is tried, too, for all nets of the cell.
 2. decay: at each net's best rate, decays half a decade apart around the first one, and on as with the rates.
 3. seeds: two more seeds of each net's best two settings.
-4. Each net's best mean of three seeds is its setting. It gets new runs, with all training images.
+4. edges: while a net's best mean of three seeds has the smallest or the largest rate or decay tried, three seeds of
+   the next one, for this net alone: where the best lies inside, no further one can be the best.
+5. Each net's best mean of three seeds is its setting. It gets new runs, with all training images.
 
 Decay is counted as the share of a weight that an epoch at the peak rate takes,
 
@@ -115,6 +117,40 @@ class Cell(NamedTuple):
         return found, [self.run(net, best[net], decay) for decay in decays for net in best]
 
 
+def decay_of(experiment):
+    """Return an experiment's decay, counted as above, as it is in HALF_DECADES."""
+    return float(f"{experiment.weight_decay * experiment.learning_rate * 50_000 / experiment.batch_size:.1g}")
+
+
+def next_level(levels, best):
+    """Return the level beyond `best` where that is the first or the last of several `levels`, else None."""
+    step = (best == max(levels)) - (best == min(levels))
+    return HALF_DECADES[HALF_DECADES.index(best) + step] if step else None
+
+
+def beyond(cell, tried, means):
+    """List the settings beyond the edges of what one net tried, up to the first that `means` do not know.
+
+    tried  experiments of one net; those in `means`, the means of three seeds, are what it can choose from
+    """
+    tried, found = list(tried), []
+    while known := [one for one in tried if key(one) in means]:
+        best = max(known, key=lambda one: means[key(one)])
+        rate, decay = best.learning_rate, decay_of(best)
+        further = next_level([one.learning_rate for one in tried], rate)
+        if further:
+            rate = further
+        else:
+            decay = next_level([decay_of(one) for one in tried if one.learning_rate == rate], decay)
+        if decay is None:
+            break
+        found.append(cell.run(best.net, rate, decay))
+        if key(found[-1]) not in means:
+            break
+        tried.append(found[-1])
+    return found
+
+
 def key(experiment):
     """What tells the settings of a cell's runs apart in `means_of`."""
     columns = experiment.columns()
@@ -136,33 +172,47 @@ def in_order(experiments):
 
 
 def tuning(name, cells):
-    """Return the four sweeps of some cells as entries of `sweeps.SWEEPS`; their names begin with `name`."""
-    names = [f"{name}-{part}" for part in ("rate", "decay", "seeds")]
+    """Return the five sweeps of some cells as entries of `sweeps.SWEEPS`; their names begin with `name`."""
+    names = [f"{name}-{part}" for part in ("rate", "decay", "seeds", "edges")]
 
     def tried(rows, part):
         means = means_of(rows, names[:2])
         return in_order(one for cell in cells for one in cell.tried(means)[part])
 
-    def best(rows, means, count):
-        """Yield each net's best settings by `means`, with its cell, as experiments of seed 0."""
-        first = means_of(rows, names[:2])
+    def by_net(rows):
+        """Yield each net of each cell: its cell, what it tried, and what lies beyond, as experiments of seed 0."""
+        first, three = means_of(rows, names[:2]), means_of(rows, names, seeds=3)
         for cell in cells:
-            known = [one for part in cell.tried(first) for one in part if key(one) in means]
+            tried = [one for part in cell.tried(first) for one in part]
             for net in cell.nets:
-                own = sorted((one for one in known if one.net == net), key=lambda one: -means[key(one)])
-                yield from ((cell, one) for one in own[:count])
+                own = [one for one in tried if one.net == net]
+                yield cell, own, beyond(cell, own, three)
+
+    def best(settings, means, count):
+        return sorted((one for one in settings if key(one) in means), key=lambda one: -means[key(one)])[:count]
+
+    def with_seeds(found):
+        return in_order(replace(one, seed=seed) for one, seeds in found for seed in seeds)
 
     def more_seeds(rows):
-        found = best(rows, means_of(rows, names[:2]), 2)
-        return in_order(replace(one, seed=seed) for _, one in found for seed in (1, 2))
+        first = means_of(rows, names[:2])
+        return with_seeds((one, (1, 2)) for _, tried, _ in by_net(rows) for one in best(tried, first, 2))
+
+    def edges(rows):
+        return with_seeds((one, (0, 1, 2)) for _, _, further in by_net(rows) for one in further)
 
     def final(rows):
-        found = best(rows, means_of(rows, names, seeds=3), 1)
-        return in_order(replace(one, seed=seed) for cell, one in found for seed in range(cell.seeds))
+        three = means_of(rows, names, seeds=3)
+        return with_seeds(
+            (one, range(cell.seeds))
+            for cell, tried, further in by_net(rows)
+            for one in best([*tried, *further], three, 1)
+        )
 
     return {
         names[0]: ("validation", lambda rows: tried(rows, 0), None),
         names[1]: ("validation", lambda rows: tried(rows, 1), names[0]),
         names[2]: ("validation", more_seeds, names[1]),
-        name: ("test", final, names[2]),
+        names[3]: ("validation", edges, names[2]),
+        name: ("test", final, names[3]),
     }

@@ -12,6 +12,8 @@ from experiments import sweeps
 from experiments.sweeps import SWEEPS, missing, planned, waits
 from experiments.variants import Experiment
 
+PARTS = ("rate", "decay", "seeds", "edges")  # of tuning
+
 
 def rows_of(sweep, experiments, accuracy=lambda one: 70):
     """Rows, all values as text, of finished experiments with made-up validation accuracies; None: it diverged."""
@@ -45,8 +47,9 @@ def test_each_sweep_lists_each_run_once_and_starts_without_rows(tmp_path):
 
 def test_choices_are_made_on_the_validation_split_alone():
     assert {sweep for sweep, (split, _, _) in SWEEPS.items() if split == "validation"} == {
-        *("tune", "search", "search-seeds", "rate", "rate-seeds", "initial", "batch-rate", "long-tune"),
-        *(f"{name}-{part}" for name in ("lead", "lead-100", "step", "part") for part in ("rate", "decay", "seeds")),
+        *("tune", "rate", "rate-seeds", "initial", "batch-rate", "long-tune"),
+        *("search", "search-seeds", "search-augment", "search-augment-seeds"),
+        *(f"{name}-{part}" for name in ("lead", "lead-100", "step", "part") for part in PARTS),
     }
     assert all(SWEEPS[needed][0] == "validation" for _, _, needed in SWEEPS.values() if needed)
 
@@ -76,6 +79,11 @@ def test_the_best_five_recipes_of_each_net_get_three_new_seeds():
     assert {one.learning_rate for one in found if one.net == "NetB"} == set(rates[-6:-1])
     assert len(found) == 60
     assert {one.seed for one in found} == {1, 2, 3}
+
+    rows = pd.concat([rows_of("search", experiments, accuracy), rows_of("search-seeds", found, accuracy)])
+    best = [one for one in planned("search-best", rows) if one.net == "NetB"]
+    assert {one.learning_rate for one in best} == {rates[-2]}
+    assert [one.seed for one in best] == list(range(10))
 
 
 def test_published_rows_leave_nothing_to_run():
@@ -248,7 +256,7 @@ def test_published_rows_of_choices_did_not_see_the_test_set():
     rows = sweeps.read_texts()
     for sweep, (split, _, _) in SWEEPS.items():
         own = rows[rows["study"] == sweep]
-        assert set(own["split"]) == {split}
+        assert set(own["split"]) == {split} or (own.empty and sweep.endswith("-edges"))
         assert split == "test" or set(own["test_accuracy"]) == {""}
 
 
