@@ -129,6 +129,23 @@ def people_table(runs, data, votes):
     return pd.DataFrame(lines).set_index("norm")
 
 
+def vote_table(runs, data, votes):
+    """Let all seeds of {norm: list of Run} vote where most people give another label: percentages of those images.
+
+    votes  (N, classes) counts from `engine.data.human_votes`
+    """
+    labels, commonest = data.test_labels.cpu(), votes.argmax(1)
+    against = (2 * votes[torch.arange(len(labels)), commonest] > votes.sum(1)) & (commonest != labels)
+    lines = []
+    for norm, own in runs.items():
+        vote = torch.stack([run.scores.predictions for run in own]).mode(0).values[against]
+        people, label = vote == commonest[against], vote == labels[against]
+        shares = {"with people, %": people, "with the label, %": label, "with neither, %": ~people & ~label}
+        shares = {name: percent(share) for name, share in shares.items()}
+        lines.append({"norm": norm, "seeds": len(own), "images": int(against.sum())} | shares)
+    return pd.DataFrame(lines).set_index("norm")
+
+
 def percent(flags):
     """Return the share of True in a tensor of bool in percent, rounded to tenths; a dash when it is empty."""
     return round(100 * flags.float().mean().item(), 1) if len(flags) else "-"

@@ -21,6 +21,7 @@ from engine.probe import (
     mean_spread,
     overlap,
     people_table,
+    vote_table,
 )
 
 
@@ -229,6 +230,22 @@ def test_people_table_by_hand():
     assert table.loc["layer"].tolist() == [3, 33.3, 33.3, 0.0]
     assert table.loc["group"].tolist() == [0, "-", "-", "-"]
     assert table.loc["all test images"].tolist() == [4, 50.0, "-", "-"]
+
+
+def test_vote_table_by_hand():
+    data = SimpleNamespace(test_labels=torch.tensor([0, 1, 2, 0]))
+    votes = torch.zeros(4, 10, dtype=torch.int64)
+    votes[0, 0], votes[0, 1] = 20, 30  # most people say 1
+    votes[1, 2], votes[1, 3], votes[1, 1] = 20, 15, 15  # the commonest answer is not the label, but no majority
+    votes[2, 5] = 50
+    votes[3, 0], votes[3, 4] = 24, 26
+    runs = {
+        "batch": [run_with([1, 2, 5, 0]), run_with([1, 2, 2, 0]), run_with([0, 2, 5, 9])],  # vote: 1 2 5 0
+        "layer": [run_with([7, 1, 2, 0])],
+    }
+    table = vote_table(runs, data, votes)
+    assert table.loc["batch"].tolist() == [3, 3, 66.7, 33.3, 0.0]
+    assert table.loc["layer"].tolist() == [1, 3, 0.0, 66.7, 33.3]
 
 
 def test_probing_leaves_a_net_trainable(small):
