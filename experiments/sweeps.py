@@ -71,9 +71,20 @@ def augment(rows):
     return experiments(NETS, 10, [{"weight_decay": AUGMENTED_WEIGHT_DECAY, "augment": "flip+crop"}])
 
 
+def published(seeds):
+    """List the published runs, without and with augmentation, of so many seeds."""
+    augmented = {"weight_decay": AUGMENTED_WEIGHT_DECAY, "augment": "flip+crop"}
+    return experiments(NETS, seeds, [{}, augmented])
+
+
 def captured(rows):
-    """List the published runs, which `experiments.run` trains without the fused step here."""
-    return experiments(NETS, 10) + augment(rows)
+    """List twenty seeds of the published runs, which `experiments.run` trains without the fused step here."""
+    return published(20)
+
+
+def fused(rows):
+    """List their last ten seeds, with the fused step."""
+    return [one for one in published(20) if one.seed >= 10]
 
 
 def of_setting(optimizer, net, learning_rate, decay, seeds, **variant):
@@ -291,6 +302,7 @@ SWEEPS = {
     "tune": ("validation", tune, None),
     "augment": ("test", augment, None),
     "captured": ("test", captured, None),
+    "fused": ("test", fused, None),
     **searching("search", "none"),
     **searching("search-augment", "flip+crop"),
     "rate": ("validation", rate, None),
