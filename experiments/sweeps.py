@@ -297,7 +297,8 @@ CELLS_100 = [Cell(*pair, dataset="CIFAR-100", seeds=10) for pair in CORNERS]
 PYTORCH_STEP = ("captured", *tuning("part", []))  # without the fused step, which does not know all of their nets
 
 # Sweep: the split that it is scored on, its function, and the sweep whose rows it needs first.
-# results/runs.csv has two more, which ran before: optimizer-h200, on another GPU, batch-size-first, at higher rates.
+# results/runs.csv has four more, which ran before: optimizer-h200 and main-h100, on another GPU than their namesakes;
+# batch-size-first, at higher rates; earlier-choice, at settings that more tuning replaced.
 SWEEPS = {
     "tune": ("validation", tune, None),
     "augment": ("test", augment, None),

@@ -15,7 +15,8 @@ from scipy import stats
 
 from engine.statistics import contrast
 from experiments import ROOT
-from experiments.sweeps import RECIPE, SETTING, STEPS, best_settings, rate_runs, validation_means
+from experiments.sweeps import RECIPE, SETTING, STEPS, TYPES, best_settings, rate_runs, validation_means
+from models import NORM_OF
 
 RESULTS = ROOT / "results"
 NORMS = ("batch", "layer", "group")
@@ -167,6 +168,7 @@ def columns_of(found, name):
 # ---------------------------------------------------------------------------------------------------------------------
 
 STUDIES = {"main": "no augmentation", "augment": "flip and crop"}  # of the published recipe
+SEARCHES = {"search": "no augmentation", "search-augment": "flip and crop"}  # random recipes
 
 
 def results(rows, study="main"):
@@ -205,7 +207,8 @@ def differences(rows, studies=tuple(STUDIES)):
     for study, (first, second) in itertools.product(studies, (*LEADS, ("layer", "group"))):
         of = samples(select(rows, study=study))
         found = contrast(of[first], of[second])
-        line = {"runs": STUDIES.get(study, study), "difference": f"{first} minus {second}"}
+        title = (STUDIES | SEARCHES).get(study.removesuffix("-best"), study)
+        line = {"runs": title, "difference": f"{first} minus {second}"}
         lines.append(line | columns_of(found, "points") | {"n": len(of[first]), "p, Holm": found.p})
     table = pd.DataFrame(lines)
     table["p, Holm"] = holm(table["p, Holm"])
@@ -244,36 +247,70 @@ def tuned(rows, setting="learning_rate", augment="none"):
 
 
 def fused_step(rows):
-    """Test accuracy by the fused step minus that by PyTorch's kernels, in the published runs of each norm.
+    """Test accuracy by the fused step minus that by PyTorch's kernels, in the published recipes, n seeds of each.
 
     The last line is the mean of the lines above, each a stratum of its own.
     """
     pairs = {}
-    for study, title in STUDIES.items():
-        fused = select(rows, study=study)
-        augment = fused["augment"].iloc[0]
-        of, captured = samples(fused), samples(select(rows, study="captured", augment=augment))
+    for augment, title in {"none": "no augmentation", "flip+crop": "flip and crop"}.items():
+        of, captured = (
+            samples(select(rows, study=studies, augment=augment)) for studies in ((*STUDIES, "fused"), "captured")
+        )
         pairs |= {(title, norm): (of[norm], captured[norm]) for norm in NORMS}
     weights = [sign / len(pairs) for _ in pairs for sign in (1, -1)]
     found = {name: contrast(*pair) for name, pair in pairs.items()}
     found["all", "mean"] = contrast(*itertools.chain(*pairs.values()), weights=weights)
     table = pd.DataFrame([columns_of(one, "fused minus CUDA graph") for one in found.values()])
+    table["n"] = [*(len(of) for of, _ in pairs.values()), sum(len(of) for of, _ in pairs.values())]
     return table.set_index(pd.MultiIndex.from_tuples(found, names=["runs", "norm"]))
 
 
-def best_recipes(rows):
-    """Each net's best random recipe, by the mean of three new seeds on held-out images, and how many overflowed."""
-    runs, first = select(rows, study="search-seeds"), select(rows, study="search")
+def best_recipes(rows, search="search"):
+    """Each net's best recipe of one of SEARCHES: three seeds on held-out images chose it, n have its test accuracy."""
     lines = []
     for norm in ALL:
-        means = select(runs, norm=norm).groupby(RECIPE)["validation_accuracy"].agg(["mean", "std", "count"])
-        best = means["mean"].idxmax()
-        recipe = {name.replace("_", " "): value for name, value in zip(RECIPE, best, strict=True) if name != "crop"}
-        own = select(first, norm=norm)
-        line = {"norm": norm} | recipe | {"validation": means["mean"][best], "std": means["std"][best]}
-        overflow = f"{(own['status'] == 'diverged').sum()} of {len(own)}"
-        lines.append(line | {"n": means["count"][best], "overflow": overflow})
-    return pd.DataFrame(lines).set_index("norm")
+        tried, seeds, best = (select(rows, study=f"{search}{part}", norm=norm) for part in ("", "-seeds", "-best"))
+        recipe = best[RECIPE].drop_duplicates().iloc[0]
+        line = {"norm": norm} | {name.replace("_", " "): TYPES[name](value) for name, value in recipe.items()}
+        line["validation"] = seeds.groupby(RECIPE)["validation_accuracy"].mean().max()
+        line |= {"test accuracy": best["test_accuracy"].mean(), "std": best["test_accuracy"].std(), "n": len(best)}
+        lines.append(line | {"overflow": f"{(tried['status'] == 'diverged').sum()} of {len(tried)}"})
+    table = pd.DataFrame(lines).set_index("norm")
+    return table.drop(columns="crop") if search == "search" else table  # without augmentation it plays no part
+
+
+def other_images(predictions, draws=10_000):
+    """The published leads with three intervals: over seeds (Welch's), over test images, and over both.
+
+    The last two are bootstraps, which draw images, or seeds and images, with replacement. Drawing both counts twice
+    what a single seed does on a single image, so that interval is wider than need be.
+
+    predictions  arrays of `engine.records.read_predictions`
+    """
+    generator = np.random.default_rng(0)
+    right = {NORM_OF[net]: 100.0 * (predictions[net] == predictions["labels"]) for net in NORM_OF if net in predictions}
+    images, stacked = len(predictions["labels"]), np.concatenate(list(right.values()))
+    fixed, both = ({norm: np.empty(draws) for norm in right} for _ in range(2))
+    for draw in range(draws):
+        weights = np.bincount(generator.integers(images, size=images), minlength=images) / images
+        for accuracies, (norm, own) in zip(np.split(stacked @ weights, len(right)), right.items(), strict=True):
+            fixed[norm][draw] = accuracies.mean()
+            both[norm][draw] = accuracies[generator.integers(len(own), size=len(own))].mean()
+    lines = {}
+    for first, second in (*LEADS, ("layer", "group")):
+        line = columns_of(contrast(right[first].mean(1), right[second].mean(1)), "over seeds")
+        for name, means in (("over images", fixed), ("over seeds and images", both)):
+            low, high = np.quantile(means[first] - means[second], [0.025, 0.975])
+            line |= {name: line["over seeds"], f"{name}, low": low, f"{name}, high": high}
+        lines[f"{first} minus {second}"] = line
+    return pd.DataFrame.from_dict(lines, "index").rename_axis("difference")
+
+
+def both_gpus(rows):
+    """The published runs on two kinds of GPU: how many, and how many have the same test accuracy on both."""
+    keys = ["norm", "seed"]
+    here, there = (select(rows, study=study).set_index(keys)["test_accuracy"] for study in ("main", "main-h100"))
+    return pd.DataFrame({"runs": here.groupby("norm").size(), "alike": (here == there).groupby("norm").sum()})
 
 
 def cost(rows):
@@ -529,9 +566,8 @@ def surface_contrasts(rows):
     return table
 
 
-def without_norm(rows, optimizer="muon", batch_size=64):
-    """The control's test accuracy minus each norm's at a corner of `surface`."""
-    runs = select(rows, study="lead", augment="none", optimizer=optimizer, batch_size=batch_size)
+def without_norm(runs):
+    """The control's test accuracy minus each norm's, in runs of one setting or of each net's best one."""
     of = samples(runs)
     lines = {norm: columns_of(contrast(of["none"], of[norm]), "none minus norm") for norm in NORMS}
     return pd.DataFrame.from_dict(lines, "index").rename_axis("norm")
@@ -556,26 +592,27 @@ def step_runs(rows):
 
 
 def steps(rows):
-    """Batch norm's leads by step, and the control's accuracy."""
-    runs = step_runs(rows)
-    table = leads(runs, "step")
-    table.insert(4, "none", select(runs, norm="none").groupby("step")["test_accuracy"].mean())
-    return table.reindex(STEPS.values())
+    """Batch norm's leads by batch size and step, and the control's accuracy."""
+    runs, keys = step_runs(rows), ["batch_size", "step"]
+    table = leads(runs, keys)
+    table.insert(4, "none", select(runs, norm="none").groupby(keys)["test_accuracy"].mean())
+    return table.reindex(STEPS.values(), level="step")
 
 
 def step_parts(rows):
-    """How much of the distance between momentum's lead and Muon's a step takes, and that minus a half and a quarter."""
-    of = {step: samples(own) for step, own in step_runs(rows).groupby("step")}
+    """Momentum's lead minus Muon's, how much of it a step takes, and that minus a half and a quarter of it."""
     lines = {}
-    for (first, second), step in itertools.product(LEADS, list(STEPS.values())[1:-1]):
-        parts = [of[one][norm] for one in ("momentum", step, "Muon") for norm in (first, second)]
-        line = {}
-        for name, share in (("taken", 0.0), ("taken minus half", 0.5), ("taken minus a quarter", 0.25)):
-            # momentum - step - share * (momentum - Muon), each of them first - second
-            weights = [sign * one for one in (1 - share, -1, share) for sign in (1, -1)]
-            line |= columns_of(contrast(*parts, weights=weights), name)
-        lines[f"{first} minus {second}", step] = line
-    return pd.DataFrame.from_dict(lines, "index").rename_axis(["lead", "step"])
+    for size, runs in step_runs(rows).groupby("batch_size"):
+        of = {step: samples(own) for step, own in runs.groupby("step")}
+        for (first, second), step in itertools.product(LEADS, list(STEPS.values())[1:-1]):
+            parts = [of[one][norm] for one in ("momentum", step, "Muon") for norm in (first, second)]
+            line = columns_of(contrast(*parts[:2], *parts[-2:], weights=(1, -1, -1, 1)), "momentum minus Muon")
+            for name, share in (("taken", 0.0), ("taken minus half", 0.5), ("taken minus a quarter", 0.25)):
+                # momentum - step - share * (momentum - Muon), each of them first - second
+                weights = [sign * one for one in (1 - share, -1, share) for sign in (1, -1)]
+                line |= columns_of(contrast(*parts, weights=weights), name)
+            lines[size, f"{first} minus {second}", step] = line
+    return pd.DataFrame.from_dict(lines, "index").rename_axis(["batch_size", "lead", "step"])
 
 
 def step_rates(rows):
@@ -583,17 +620,19 @@ def step_rates(rows):
 
     To learn is not to overflow and to reach 60% on held-out images.
     """
-    tried = select(rows, study="step-rate")
-    tried = tried[tried["validation_accuracy"] > 60].groupby(["optimizer", "norm"])["learning_rate"]
-    chosen = step_runs(rows).groupby(["optimizer", "norm"])["learning_rate"].first()
+    keys = ["batch_size", "optimizer", "norm"]
+    tried = select(rows, study=("step-rate", "step-edges"))
+    tried = tried[tried["validation_accuracy"] > 60].groupby(keys)["learning_rate"]
+    chosen = step_runs(rows).groupby(keys)["learning_rate"].first()
     table = pd.DataFrame({"chosen": chosen, "smallest": tried.min(), "largest": tried.max()}).unstack()
-    return table.swaplevel(axis=1)[list(ALL)].reindex(STEPS).rename(STEPS).rename_axis("step").map("{:g}".format)
+    table = table.swaplevel(axis=1)[list(ALL)].reindex(STEPS, level="optimizer").rename(STEPS, level="optimizer")
+    return table.rename_axis(["batch size", "step"]).map("{:g}".format)
 
 
 def edges(rows):
     """The chosen settings of `tuning`'s sweeps at an edge of what was tried: the smallest or the largest rate or decay.
 
-    None, unless what lies beyond was not run.
+    None, unless what lies beyond was not run. The decay of a rate at which only one was tried is not looked at.
     """
     keys = ["dataset", "augment", "optimizer", "batch_size", "net", "layer_variant", "convolution"]
     share = rows["weight_decay"] * rows["learning_rate"] * 50_000 / rows["batch_size"]
@@ -608,11 +647,11 @@ def edges(rows):
             decays = decays[decays["learning_rate"] == rate]["decay"]
             at_edge = {
                 "learning rate": rate in (rates.min(), rates.max()),
-                "weight decay": len(decays) > 1 and decay in (decays.min(), decays.max()),
+                "weight decay": decays.nunique() > 1 and decay in (decays.min(), decays.max()),
             }
             line = {"sweep": name, **dict(zip(keys, key, strict=True)), "learning rate": rate}
             lines += [line | {"at the edge": what} for what, found in at_edge.items() if found]
-    return pd.DataFrame(lines).set_index("sweep").drop(columns=["dataset", "augment"])
+    return pd.DataFrame(lines)
 
 
 PART_CONTRASTS = [(f"{norm}, standardized", norm) for norm in ALL] + [("RMS", "layer"), ("tanh", "none")]
@@ -626,50 +665,51 @@ def part_runs(rows, study="part"):
 
 
 def parts(rows):
-    """Accuracy of each net with a part of the norm: on held-out images under SGD and Muon, on test images under SGD.
+    """Accuracy of each net with a part of the norm, under Muon and SGD.
 
-    Held-out: the mean of three seeds at the better of two settings, which the first seed chose.
+    Held-out: the best mean of three seeds among the settings that have as many, which chose the setting.
     """
-    tried = part_runs(rows, ("part-rate", "part-decay", "part-seeds"))
-    keys = ["net", "optimizer", "learning_rate", "weight_decay"]
-    seeds = tried.groupby(keys).filter(lambda own: len(own) == 3)
-    best = validation_means(seeds, keys).groupby(level=["net", "optimizer"]).max().unstack()
-    runs = select(part_runs(rows), optimizer="SGD").groupby("net")
-    table = pd.DataFrame({"held-out, Muon": best["Muon"], "held-out, SGD": best["SGD"]})
-    table["test, SGD"], table["std"] = runs["test_accuracy"].mean(), runs["test_accuracy"].std()
-    table["n"], table["train, SGD"] = runs.size(), runs["train_accuracy"].mean()
-    return table.reindex([*ALL, *(name for name, _ in PART_CONTRASTS)])
+    keys = ["optimizer", "net"]
+    tried = part_runs(rows, [f"part-{part}" for part in ("rate", "decay", "seeds", "edges")])
+    setting = [*keys, "learning_rate", "weight_decay"]
+    seeds = tried.groupby(setting).filter(lambda own: len(own) == 3)
+    runs = part_runs(rows).groupby(keys)
+    table = pd.DataFrame({"held-out": validation_means(seeds, setting).groupby(level=keys).max()})
+    table["test accuracy"], table["std"] = runs["test_accuracy"].mean(), runs["test_accuracy"].std()
+    table["n"], table["train accuracy"] = runs.size(), runs["train_accuracy"].mean()
+    return table.reindex([*ALL, *(name for name, _ in PART_CONTRASTS)], level="net")
+
+
+def part_accuracies(rows):
+    """Collect the test accuracies of `part_runs` as {optimizer: {net: values}}."""
+    return {
+        name: {net: own["test_accuracy"].to_numpy() for net, own in runs.groupby("net")}
+        for name, runs in part_runs(rows).groupby("optimizer")
+    }
 
 
 def part_contrasts(rows):
-    """What each part of the norm changes under SGD, in points of test accuracy, with Holm's correction."""
-    of = {net: own["test_accuracy"] for net, own in select(part_runs(rows), optimizer="SGD").groupby("net")}
+    """What each part of the norm changes, in points of test accuracy, with Holm's correction for each optimizer."""
     lines = {}
-    for one, other in PART_CONTRASTS:
-        found = contrast(of[one], of[other])
-        lines[f"{one} minus {other}"] = columns_of(found, "points") | {"p, Holm": found.p}
-    table = pd.DataFrame.from_dict(lines, "index").rename_axis("difference")
-    table["p, Holm"] = holm(table["p, Holm"])
+    for name, of in part_accuracies(rows).items():
+        for one, other in PART_CONTRASTS:
+            found = contrast(of[one], of[other])
+            lines[name, f"{one} minus {other}"] = columns_of(found, "points") | {"p, Holm": found.p}
+    table = pd.DataFrame.from_dict(lines, "index").rename_axis(["optimizer", "difference"])
+    table["p, Holm"] = table.groupby("optimizer")["p, Holm"].transform(holm)
     return table
 
 
 def part_leads(rows):
-    """Batch norm's leads under SGD without and with weight standardization, how much goes, and that minus a half.
-
-    The last columns are the leads under Muon, on held-out images.
-    """
-    held_out = parts(rows)["held-out, Muon"]
-    of = {net: own["test_accuracy"] for net, own in select(part_runs(rows), optimizer="SGD").groupby("net")}
+    """Batch norm's leads without and with weight standardization, how much goes, and that minus a half."""
     lines = {}
-    for first, second in LEADS:
+    for (optimizer, of), (first, second) in itertools.product(part_accuracies(rows).items(), LEADS):
         without, both = ([of[f"{norm}{end}"] for norm in (first, second)] for end in ("", ", standardized"))
         line = columns_of(contrast(*without), "without") | columns_of(contrast(*both), "standardized")
         for name, part in (("goes", 1), ("goes minus half", 0.5)):
             line |= columns_of(contrast(*without, *both, weights=(part, -part, -1, 1)), name)
-        for end in ("", ", standardized"):
-            line[f"Muon, held-out{end}"] = held_out[f"{first}{end}"] - held_out[f"{second}{end}"]
-        lines[f"{first} minus {second}"] = line
-    return pd.DataFrame.from_dict(lines, "index").rename_axis("lead")
+        lines[optimizer, f"{first} minus {second}"] = line
+    return pd.DataFrame.from_dict(lines, "index").rename_axis(["optimizer", "lead"])
 
 
 def epoch_runs(rows):

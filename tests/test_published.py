@@ -199,9 +199,9 @@ def test_grids_hold_five_rows_of_two_images(norm):
     """The size that `utils.plot_mistakes` draws, and no cell of it blank."""
     with Image.open(ROOT / "img" / f"{norm}.png") as image:
         pixels = np.asarray(image.convert("RGB"))
-    assert pixels.shape[:2] == (2024, 1760)
-    painted = (pixels < 250).any(2)[124:]  # below the title
-    cells = painted.reshape(5, 380, 2, 880).mean((1, 3))
+    assert pixels.shape[:2] == (1738, 1760)
+    painted = (pixels < 250).any(2)[138:]  # below the title
+    cells = painted.reshape(5, 320, 2, 880).mean((1, 3))
     assert (cells > 0.1).all(), cells.round(2)
 
 

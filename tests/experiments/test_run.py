@@ -205,7 +205,7 @@ def test_dry_run_says_what_is_missing_and_runs_nothing(tiny, monkeypatch, capsys
     ("arguments", "message"),
     [
         ([], "there is no GPU here, where all sweeps would take days: name one"),
-        (["rates"], "sweep is 'rates'; choose from tune, augment, captured, search"),
+        (["rates"], "sweep is 'rates'; choose from tune, augment, captured, fused, search"),
         (["tune", "--commit", "latest"], "commit is 'latest'; give 7 to 40 hexadecimal digits"),
         (["tune"], "CIFAR-10 is not in"),
     ],

@@ -257,7 +257,7 @@ def test_published_rows_of_choices_did_not_see_the_test_set():
     for sweep, (split, _, _) in SWEEPS.items():
         own = rows[rows["study"] == sweep]
         assert set(own["split"]) == {split} or (own.empty and sweep.endswith("-edges"))
-        assert split == "test" or set(own["test_accuracy"]) == {""}
+        assert split == "test" or set(own["test_accuracy"]) <= {""}
 
 
 def test_published_choices_are_the_best_of_equal_trials():

@@ -40,7 +40,10 @@ def test_ties_of_the_published_rows():
         values = [Decimal(str(value)) for value in tables.select(ROWS, **settings)["test_accuracy"]]
         return sum(values) / len(values)
 
-    late, augmented = {"study": "epochs", "epochs": 40}, {"study": "captured", "augment": "flip+crop"}
+    late, augmented = (
+        {"study": "epochs", "epochs": 40},
+        {"study": "captured", "augment": "flip+crop", "seed": [*range(10)]},
+    )
     assert mean(norm="batch", **late) - mean(norm="layer", **late) == Decimal("1.35")
     assert mean(norm="batch", **augmented) - mean(norm="layer", **augmented) == Decimal("0.775")
     epochs = show(tables.leads(tables.budget(ROWS, "epochs"), "epochs"), 1)
@@ -265,7 +268,7 @@ def test_augmentation_joins_three_studies_and_takes_distances():
     own = ROWS[(ROWS["study"] == "flip") & (ROWS["augment"] == "none") & (ROWS["norm"] == "layer")]
     distance = (own["train_accuracy"] - own["test_accuracy"]).mean()
     assert table.loc[("none", 0.1), "layer, train minus test"] == pytest.approx(distance)
-    assert table["n"].tolist() == [3, 10, 3, 3, 10, 3]
+    assert table["n"].tolist() == [3, 20, 3, 3, 20, 3]
 
 
 def test_ghost_batches_and_kinds_hold_three_runs_each():
@@ -336,19 +339,23 @@ def test_leads_are_compared_between_corners_with_holms_correction():
 
 
 def test_no_norm_is_compared_with_each_norm():
-    table = tables.without_norm(lead_rows())
+    table = tables.without_norm(tables.select(lead_rows(), study="lead", optimizer="muon", batch_size=64))
     assert table["none minus norm"].tolist() == pytest.approx([-3, -1, -1.5], abs=0.2)
 
 
 def step_rows():
-    """Made-up runs of the sweep step: the lead is 4 with momentum, 3 by matrix, 1.5 by filter, 1 with Muon."""
-    found = []
-    for (name, lead), seed in itertools.product(zip(tables.STEPS, (4, 3, 1.5, 1), strict=True), range(5)):
-        for norm, level in {"batch": 70 + lead, "layer": 70, "group": 70, "none": 69}.items():
+    """Made-up runs of the sweep step: the lead is 4 with momentum, 3 by matrix, 1.5 by filter, 1 with Muon.
+
+    At batches of 125 half of that.
+    """
+    found, sizes = [], (125, 500)
+    steps = zip(tables.STEPS, (4, 3, 1.5, 1), strict=True)
+    for (name, lead), size, seed in itertools.product(steps, sizes, range(5)):
+        for norm, level in {"batch": 70 + lead * size / 500, "layer": 70, "group": 70, "none": 69}.items():
             row = {"study": "step", "optimizer": name, "norm": norm, "seed": seed, "learning_rate": 0.1}
-            found.append(row | {"test_accuracy": level + 0.01 * (seed + len(norm)) ** 2 % 0.2})
-    for name, norm in itertools.product(tables.STEPS, tables.ALL):
-        row = {"study": "step-rate", "optimizer": name, "norm": norm, "seed": 0}
+            found.append(row | {"batch_size": size, "test_accuracy": level + 0.01 * (seed + len(norm)) ** 2 % 0.2})
+    for name, norm, size in itertools.product(tables.STEPS, tables.ALL, sizes):
+        row = {"study": "step-rate", "optimizer": name, "norm": norm, "seed": 0, "batch_size": size}
         for rate, accuracy in ((0.1, 75), (0.3, 61), (1.0, None if name == "sgdw" else 62)):
             found.append(row | {"learning_rate": rate, "validation_accuracy": accuracy})
     return pd.DataFrame(found)
@@ -356,32 +363,37 @@ def step_rows():
 
 def test_parts_of_the_step_take_a_share_of_the_lead():
     table = tables.steps(step_rows())
-    assert table["batch minus layer"].tolist() == pytest.approx([4, 3, 1.5, 1], abs=0.1)
-    assert table["none"].tolist() == pytest.approx([69] * 4, abs=0.2)
-    taken = tables.step_parts(step_rows()).loc["batch minus layer"]
+    assert table["batch minus layer"].tolist() == pytest.approx([1, 0.75, 0.375, 0.25, 4, 3, 1.5, 1], abs=0.1)
+    assert table["none"].tolist() == pytest.approx([69] * 8, abs=0.2)
+    taken = tables.step_parts(step_rows()).xs("batch minus layer", level="lead").loc[500]
+    assert taken["momentum minus Muon"].tolist() == pytest.approx([3, 3], abs=0.1)
     assert taken["taken"].tolist() == pytest.approx([1, 2.5], abs=0.1)
     assert taken["taken minus half"].tolist() == pytest.approx([-0.5, 1], abs=0.1)
     assert taken["taken minus a quarter"].tolist() == pytest.approx([0.25, 1.75], abs=0.1)
-    of = {name: tables.samples(own) for name, own in tables.step_runs(step_rows()).groupby("step")}
+    runs = tables.select(tables.step_runs(step_rows()), batch_size=500).groupby("step")
+    of = {name: tables.samples(own) for name, own in runs}
     four = [of[name][norm] for name in ("momentum", "normalized per matrix") for norm in ("batch", "layer")]
     low = contrast(*four, weights=(1, -1, -1, 1)).low
     assert taken["taken, low"]["normalized per matrix"] == pytest.approx(low)
     rates = tables.step_rates(step_rows())
-    assert rates.loc["momentum", "layer"].tolist() == ["0.1", "0.1", "0.3"]
-    assert rates.loc["Muon", "none"].tolist() == ["0.1", "0.1", "1"]
+    assert rates.loc[(500, "momentum"), "layer"].tolist() == ["0.1", "0.1", "0.3"]
+    assert rates.loc[(125, "Muon"), "none"].tolist() == ["0.1", "0.1", "1"]
 
 
 def test_settings_at_an_edge_of_what_was_tried_are_listed():
     columns = {"dataset": "CIFAR-10", "augment": "none", "optimizer": "muon", "batch_size": 500, "layer_variant": None}
     found = []
-    for net, rate, decay in (("NetA", 0.1, 1), ("NetB", 0.03, 1), ("NetC", 0.1, 0.3)):
+    for net, rate, decay in (("NetA", 0.1, 1), ("NetB", 0.03, 1), ("NetC", 0.1, 0.3), ("Net", 0.3, 1)):
         row = columns | {"net": net, "convolution": None}
         for tried, share in ((0.03, 1), (0.1, 1), (0.3, 1), (0.1, 0.3), (0.1, 3)):
             study = "step-rate" if share == 1 else "step-decay"
             found.append(row | {"study": study, "learning_rate": tried, "weight_decay": share / tried / 100})
+        if net == "Net":  # its best rate was at the edge: three seeds of the next one, with one decay
+            found += [row | {"study": "step-edges", "learning_rate": 1.0, "weight_decay": 0.01}] * 3
         found.append(row | {"study": "step", "learning_rate": rate, "weight_decay": decay / rate / 100})
     table = tables.edges(pd.DataFrame(found))
     assert table[["net", "at the edge"]].to_numpy().tolist() == [["NetB", "learning rate"], ["NetC", "weight decay"]]
+    assert tables.edges(pd.DataFrame(found)[lambda rows: rows["net"].isin(["NetA", "Net"])]).empty
 
 
 def test_what_more_epochs_change():
@@ -401,25 +413,80 @@ def test_parts_of_the_norm_are_compared_with_the_norm_without():
     found = []
     nets = [(norm, "", convolution) for norm in tables.ALL for convolution in (None, "standardized")]
     nets += [("layer", "RMS", None), ("layer", "tanh", None)]
-    for (norm, variant, convolution), seed in itertools.product(nets, range(3)):
+    for (norm, variant, convolution), name, seed in itertools.product(nets, ("sgdw", "muon"), range(3)):
         level = 70 + (convolution is not None) + {"RMS": 0.5, "tanh": -2}.get(variant, 0) + seed / 100
         row = {"norm": norm, "layer_variant": variant, "convolution": convolution, "seed": seed, "train_accuracy": 80}
-        found.append(row | {"study": "part", "optimizer": "sgdw", "test_accuracy": level})
-        for name, rate in itertools.product(("sgdw", "muon"), (0.1, 0.3)):
+        found.append(row | {"study": "part", "optimizer": name, "test_accuracy": level + (name == "muon")})
+        for study, rate in (("part-rate", 0.1), ("part-edges", 0.3)):
             setting = {"optimizer": name, "learning_rate": rate, "weight_decay": 0.5}
             accuracy = level - 1 + rate + (name == "muon")
-            found.append(row | setting | {"study": "part-rate", "validation_accuracy": accuracy})
+            found.append(row | setting | {"study": study, "validation_accuracy": accuracy})
     rows = pd.DataFrame(found)
     table = tables.part_contrasts(rows)
-    assert table["points"].tolist() == pytest.approx([1, 1, 1, 1, 0.5, -2])
-    assert (table["p, Holm"] < 0.01).all()
+    for name in ("SGD", "Muon"):
+        assert table["points"][name].tolist() == pytest.approx([1, 1, 1, 1, 0.5, -2])
+        plain = [contrast(of[0], of[1]).p for of in (part_pair(rows, name, *pair) for pair in tables.PART_CONTRASTS)]
+        assert table["p, Holm"][name].tolist() == pytest.approx(tables.holm(plain).tolist())
     leads = tables.part_leads(rows.assign(test_accuracy=rows["test_accuracy"] + (rows["norm"] == "batch")))
-    assert leads.loc["batch minus layer", ["without", "standardized", "goes"]].tolist() == pytest.approx([1, 1, 0])
-    assert leads.loc["batch minus group", "goes minus half"] == pytest.approx(-0.5)
+    assert leads.loc[("SGD", "batch minus layer"), ["without", "standardized", "goes"]].tolist() == pytest.approx(
+        [1, 1, 0]
+    )
+    assert leads.loc[("Muon", "batch minus group"), "goes minus half"] == pytest.approx(-0.5)
     shown = tables.parts(rows)
-    assert shown.loc["RMS", "test, SGD"] == pytest.approx(70.51)
-    assert shown.loc["tanh", ["held-out, SGD", "held-out, Muon"]].tolist() == pytest.approx([67.31, 68.31])
+    assert shown.loc[("Muon", "RMS"), ["held-out", "test accuracy"]].tolist() == pytest.approx([70.81, 71.51])
+    assert shown.loc[("SGD", "tanh"), ["held-out", "test accuracy"]].tolist() == pytest.approx([67.31, 68.01])
     assert (shown["n"] == 3).all()
+
+
+def part_pair(rows, optimizer, *names):
+    runs = tables.select(tables.part_runs(rows), optimizer=optimizer)
+    return [tables.select(runs, net=name)["test_accuracy"] for name in names]
+
+
+def test_a_best_recipe_has_its_accuracies_and_how_many_overflowed():
+    recipe = {"learning_rate": 0.1, "weight_decay": 0.5, "batch_size": 64, "momentum": 0.9, "label_smoothing": 0.1}
+    recipe |= {"warmup": 0.1, "crop": 2, "status": "done"}
+    other, found = recipe | {"batch_size": 250}, []
+    for norm in tables.ALL:
+        found += [{"study": "search", "norm": norm} | one for one in (recipe, other | {"status": "diverged"})]
+        for seed in (1, 2, 3):
+            for one, accuracy in ((recipe, 80), (other, 79)):
+                found.append({"study": "search-seeds", "norm": norm, "validation_accuracy": accuracy + seed} | one)
+        found += [{"study": "search-best", "norm": norm, "test_accuracy": 85 + seed} | recipe for seed in range(10)]
+    table = tables.best_recipes(pd.DataFrame(found))
+    assert table.loc["layer", ["batch size", "validation", "test accuracy", "n"]].tolist() == [64, 82, 89.5, 10]
+    assert (table["overflow"] == "1 of 2").all()
+
+
+def test_the_fused_step_is_compared_over_both_sets_of_ten_seeds():
+    table = tables.fused_step(ROWS)
+    for augment, title in (("none", "no augmentation"), ("flip+crop", "flip and crop")):
+        own = ROWS[(ROWS["augment"] == augment) & (ROWS["norm"] == "layer")]
+        fused = own[own["study"].isin(["main", "augment", "fused"])]["test_accuracy"]
+        captured = own[own["study"] == "captured"]["test_accuracy"]
+        assert len(fused) == len(captured) == table["n"][title, "layer"] == 20
+        test = stats.ttest_ind(fused, captured, equal_var=False).confidence_interval()
+        columns = [f"fused minus CUDA graph, {end}" for end in ("low", "high")]
+        assert table.loc[(title, "layer"), columns].tolist() == pytest.approx(list(test))
+
+
+def test_intervals_over_seeds_and_images_are_wider():
+    """Twenty images of which the nets get some right in every seed: the images alone make the lead uncertain."""
+    labels = np.zeros(20, np.uint8)
+    wrong = {"NetA": range(4), "NetB": range(2, 8), "NetC": range(6)}
+    predictions = {"labels": labels}
+    for net, images in wrong.items():
+        predictions[net] = np.zeros((3, 20), np.uint8)
+        predictions[net][:, list(images)] = 1
+        predictions[net][0, 19] = 1
+    table = tables.other_images(predictions, draws=2000).loc["batch minus layer"]
+    assert table["over seeds"] == table["over images"] == table["over seeds and images"] == pytest.approx(10)
+    reach = {name: table[f"{name}, high"] - table[f"{name}, low"] for name in ("over images", "over seeds and images")}
+    error = 100 * np.std([1] * 4 + [-1] * 2 + [0] * 14) / 20**0.5  # of the images' differences
+    assert reach["over images"] / (2 * 1.96) == pytest.approx(error, rel=0.2)
+    assert reach["over seeds and images"] >= reach["over images"]
+    seeds = tables.other_images(predictions | {"NetA": np.roll(predictions["NetA"], 1, 0)}, draws=2000)
+    assert seeds.loc["batch minus layer", "over seeds and images"] == pytest.approx(10)
 
 
 def test_speed_of_sweeps_is_in_runs_per_minute():
