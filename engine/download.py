@@ -10,6 +10,7 @@ import io
 import itertools
 import os
 import pickle
+import pickletools
 import shutil
 import sys
 import tarfile
@@ -78,6 +79,18 @@ class ArrayUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+def check_pickle(content):
+    """Raise UnpicklingError for a pickle that could crash or fill the process before it is found to be forged.
+
+    Those are tuples in tuples in tuples, whose hash recurses, and a memo with an index that its length can't explain.
+    """
+    tuples = 0
+    for operation, argument, _ in pickletools.genops(content):
+        tuples += operation.name.startswith(("TUPLE", "FROZENSET"))
+        if tuples > 1000 or ("PUT" in operation.name and int(argument) > len(content)):
+            raise pickle.UnpicklingError(f"{operation.name} is not what an array needs")
+
+
 def read_cifar100(path, md5=None):
     """Read a file of CIFAR-100 once: images and fine labels as `read` returns them, or None if it is damaged.
 
@@ -85,6 +98,7 @@ def read_cifar100(path, md5=None):
     """
     content = path.read_bytes() if path.is_file() else b""  # a pipe would be waited for
     try:
+        check_pickle(content)
         content = ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
         pixels, labels = content["data"].state[-1], bytes(list(content["fine_labels"]))
         pixels = pixels.encode("latin1") if isinstance(pixels, str) else pixels  # a text from Python 2

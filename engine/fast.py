@@ -37,13 +37,17 @@ def low_precision_copy(net, dtype):
     except Exception as error:  # of many kinds: what a module holds may be anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"net can't be copied ({reason}); remove what can't, such as pruning") from None
+    shared = []  # modules with buffers, which are shared with all that is in them
     for name, module in net.named_modules(remove_duplicate=False):  # two layers may share a norm
+        if any(name.startswith(f"{one}.") for one in shared):
+            continue
         if type(module) is nn.BatchNorm2d:
             copied.set_submodule(name, module)
         elif type(module) is nn.GroupNorm and module.affine and not has_own_code(module):
             copied.set_submodule(name, ChannelsLastGroupNorm(module))
         elif name and any(True for _ in module.buffers(recurse=False)):
             copied.set_submodule(name, InFloat32(module))
+            shared.append(name)
     for name, buffer in net.named_buffers(recurse=False):
         setattr(copied, name, buffer)
     if type(net).forward is not models.Net.forward or has_own_code(net):

@@ -34,11 +34,13 @@ HISTORY = ("epoch", "loss", "train_accuracy", "test_accuracy", "learning_rate", 
 # The columns of results/runs.csv that a run measures or notes; all others are its settings and tell rows apart.
 NON_KEY_COLUMNS = {"parameters", "train_accuracy", "test_accuracy", "validation_accuracy", "test_loss", "seconds"}
 NON_KEY_COLUMNS |= {"device", "torch", "commit", "status", "precision", "step"}
+NAMES = ("study", "dataset")  # columns whose values are names: a study "1.10" is not "1.1"
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")  # of a module
 OF_ALL_MODULES = set(vars(torch.nn.Module()))
 PLAIN = bool | int | float | complex | str | bytes | torch.dtype | slice | types.NoneType
 ARRAYS = torch.Tensor | np.ndarray | np.generic
 FUNCTIONS = types.FunctionType | types.MethodType | types.BuiltinFunctionType | functools.partial
+COMPUTED = "computed"
 _at_first = weakref.WeakKeyDictionary()  # the names of each module's attributes, see `attributes`
 _commit = None  # see set_commit
 
@@ -84,7 +86,7 @@ def _text(value):
 
 
 def _key_of(row, key):
-    return tuple(_number(row.get(name, "")) for name in key)
+    return tuple(row.get(name, "") if name in NAMES else _number(row.get(name, "")) for name in key)
 
 
 @functools.lru_cache(2**16)
@@ -318,17 +320,20 @@ def attributes(net, original=None, deep=False):
     original  the net that `net` is a copy of
     deep      describe lists, dicts, sets, deques and other objects by their contents, too
 
-    Left out are None, tensors that were None or absent in the first call for this net or its original, since they may
-    be what it keeps of a batch, and those that are computed from parameters.
+    Left out are None and tensors that were None or absent in the first call for this net or its original, since they
+    may be what it keeps of a batch. A tensor that is computed from parameters is COMPUTED, or left out unless `deep`.
     """
     found, originals = {}, dict(original.named_modules()) if original else {}
+    own_modules = {id(module) for module in net.modules()}  # whose state is seen by itself
     for path, module in net.named_modules():
         own = {name: value for name, value in vars(module).items() if name not in OF_ALL_MODULES and value is not None}
         at_first = _at_first.setdefault(originals.get(path, module), set(own))
         for name, value in sorted(own.items()):
-            kept = isinstance(value, torch.Tensor) and (name not in at_first or value.requires_grad)
-            if not kept and (deep or isinstance(value, PLAIN | ARRAYS | tuple)):
-                found[f"{path or 'net'}.{name}"] = repr(_contents(value, set()) if deep else _described(value))
+            if isinstance(value, torch.Tensor) and (name not in at_first or value.requires_grad):
+                if deep and name in at_first:
+                    found[f"{path or 'net'}.{name}"] = COMPUTED
+            elif deep or isinstance(value, PLAIN | ARRAYS | tuple):
+                found[f"{path or 'net'}.{name}"] = repr(_contents(value, {*own_modules}) if deep else _described(value))
         for name in HOOKS:
             if hooks := getattr(module, name):
                 found[f"{path or 'net'}.{name}"] = f"{len(hooks)} hooks"
@@ -336,10 +341,10 @@ def attributes(net, original=None, deep=False):
 
 
 def _contents(value, seen):
-    """Return what `_described` does, of containers and objects with all that is in them but modules and parameters."""
+    """Return what `_described` does, of containers and objects with all that is in them but parameters."""
     if isinstance(value, torch.Tensor) and value.requires_grad:
         return None
-    if isinstance(value, PLAIN | ARRAYS | FUNCTIONS | type | torch.nn.Module):
+    if isinstance(value, PLAIN | ARRAYS | FUNCTIONS | type):
         return _described(value)
     if id(value) in seen:
         return "seen"
@@ -352,6 +357,9 @@ def _contents(value, seen):
         return sorted(repr(_contents(item, seen)) for item in value)
     slots = [name for cls in type(value).__mro__ for name in vars(cls).get("__slots__", ()) if hasattr(value, name)]
     own = getattr(value, "__dict__", {}) | {name: getattr(value, name) for name in slots if name[:2] != "__"}
+    if isinstance(value, torch.nn.Module):  # one that is not registered
+        left_out = OF_ALL_MODULES - {"_buffers", "_parameters", "_modules"}  # such as whether it trains
+        own = {name: item for name, item in own.items() if name not in left_out}
     return type(value).__qualname__, [(name, _contents(item, seen)) for name, item in own.items()]
 
 
@@ -424,9 +432,7 @@ def read_checkpoint(path, fingerprint, steps_per_epoch, like):
     try:
         if (content := read_bytes(path)) is None:
             return None
-        if zipfile.ZipFile(io.BytesIO(content)).testzip():  # torch.load does not look at the check sums
-            raise ValueError("its check sum is wrong")
-        saved = _load(content)
+        saved = load_tensors(content)
         found, history, state = map(saved.get, ("fingerprint", "history", "state"))
         differing = [name for name in {**fingerprint, **found} if found.get(name) != fingerprint.get(name)]
         if differing == ["initial weights"] and weights_hash(state["net"]) == fingerprint["initial weights"]:
@@ -449,14 +455,17 @@ def read_checkpoint(path, fingerprint, steps_per_epoch, like):
     return saved
 
 
-def _load(content):
+def load_tensors(content):
+    """Load the bytes of a file of `torch.save` onto the CPU; running no code. Raises whatever its damage causes."""
+    if zipfile.ZipFile(io.BytesIO(content)).testzip():  # torch.load does not look at the check sums
+        raise ValueError("its check sum is wrong")
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def remove_checkpoint(path, history):
     """Remove the checkpoint of the finished run with this history; leave another run's, whose seconds differ."""
     try:
-        saved = _load(read_bytes(path))["history"]
+        saved = load_tensors(read_bytes(path))["history"]
     except Exception:  # of many kinds: absent, or as in `read_checkpoint`
         return
     if history and str(saved) == str(_plain(history)):  # as texts, since nan is not nan

@@ -335,18 +335,21 @@ class Trainer:
             self.check_attributes()
 
     def plain_attributes(self):
-        """Return what records.attributes describes, as the model that computes the step has it."""
+        """Return what records.attributes describes, of the net and of the model that computes the step."""
         of_net = records.attributes(self.net, deep=True)
-        return of_net | records.attributes(self.model, self.net, deep=True)
+        of_model = records.attributes(self.model, self.net, deep=True)
+        return {("net", name): text for name, text in of_net.items()} | {
+            ("model", name): text for name, text in of_model.items()
+        }
 
     def check_attributes(self):
         """Raise ValueError if the epoch changed a plain attribute: of a copy, and not in a checkpoint."""
         with self.on_stream():
             found = self.plain_attributes()
-        for name, text in found.items():
-            if self.attributes.get(name) != text:
+        for where in {**self.attributes, **found}:
+            if found.get(where) not in (self.attributes.get(where), records.COMPUTED):
                 advice = "register a buffer and change it in place"
-                raise ValueError(f"{name} changes in training, which would be lost; {advice}")
+                raise ValueError(f"{where[1]} changes in training, which would be lost; {advice}")
         self.attributes = None
 
     def means(self):

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import nbformat
 import pandas as pd
-import torch
 from PIL import Image
 
 import models
@@ -188,7 +187,7 @@ def differences(found, wanted):
 
 def load(path):
     """Return the net that a file in weights/ is named for, with its weights."""
-    net, weights = getattr(models, path.stem)(), torch.load(path, map_location="cpu", weights_only=True)
+    net, weights = getattr(models, path.stem)(), records.load_tensors(path.read_bytes())
     wanted = {name: (value.dtype, value.nbytes) for name, value in net.state_dict().items()}
     net.load_state_dict(weights, strict=True)
     for name, value in weights.items():

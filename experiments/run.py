@@ -148,9 +148,11 @@ def main(arguments=None):
     if options.dry_run:
         try:
             rows = read_texts(RUNS)
-        except ValueError as error:
-            parser.error(str(error))
-        print(*(describe(sweep, rows) for sweep in chosen), sep="\n")
+            lines = [describe(sweep, rows) for sweep in chosen]
+        except (KeyError, OSError, ValueError) as error:  # KeyError: a column that is missing
+            text = f"there is no column {error}" if isinstance(error, KeyError) else str(error)
+            parser.error(text if str(RUNS) in text else f"{RUNS}: {text}")
+        print(*lines, sep="\n")
         return
     if not torch.cuda.is_available() and not options.sweeps:
         parser.error("there is no GPU here, where all sweeps would take days: name one")

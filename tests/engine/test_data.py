@@ -500,6 +500,20 @@ def test_a_forged_array_of_objects_does_not_crash(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x04}" + b")" + b"\x85" * 10**6 + b"K\x01s.",  # a tuple in a tuple in ... as a key: its hash recurses
+        b"\x80\x04Nr" + (2**27).to_bytes(4, "little") + b".",  # puts None at that index of a list: 2 GiB
+    ],
+)
+def test_a_forged_pickle_neither_crashes_nor_fills_the_process(tmp_path, content):
+    (tmp_path / "train").write_bytes(content)
+    with pytest.raises(pickle.UnpicklingError, match=r"^(TUPLE1|LONG_BINPUT) is not what an array needs$"):
+        download.check_pickle(content)
+    assert download.read_cifar100(tmp_path / "train") is None
+
+
+@pytest.mark.parametrize(
     "name",
     ["os.system", "builtins.eval", "builtins.getattr", "numpy.load", "_codecs.decode", "numpy.core.multiarray.scalar"],
 )

@@ -129,6 +129,14 @@ def test_whole_numbers_are_one_key_however_they_are_written(path):
         assert len(rows_of(path)) == 2
 
 
+@pytest.mark.parametrize("column", ["study", "dataset"])
+def test_names_that_look_like_numbers_are_texts(path, column):
+    for name in ("1.1", "1.10", "01", "1"):
+        records.upsert(path.with_name("names.csv"), [{"study": "s", "dataset": "d", "seed": 0, column: name}])
+    found = records.read_rows(path.with_name("names.csv"), texts=True)
+    assert found[column].tolist() == ["1.1", "1.10", "01", "1"]
+
+
 @pytest.mark.parametrize(("old", "new"), [("3E-05", 3e-5), ("0.10", 0.1), (".1", 0.1), ("+1.", 1), ("-0.0", 0.0)])
 def test_numbers_are_one_key_as_a_spreadsheet_writes_them(path, old, new):
     path.write_text(f"net,learning_rate,seconds\nNetA,{old},1\n")

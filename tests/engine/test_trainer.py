@@ -408,6 +408,30 @@ def test_layers_may_share_a_norm(small, float32, make):
     assert torch.allclose(net.C4.norm.weight.grad, plain.C4.norm.weight.grad, rtol=1e-3, atol=1e-6)
 
 
+def test_a_norm_with_a_buffer_may_hold_other_norms(small, float32):
+    """What holds a buffer computes in float32 with all that is in it, so nothing in it is swapped."""
+
+    class Norm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(8))
+            self.inner = nn.Sequential(nn.GroupNorm(2, 8), nn.BatchNorm2d(8))
+
+        def forward(self, x):
+            if self.training:
+                self.mean.lerp_(x.detach().float().mean((0, 2, 3)), 0.1)
+            return self.inner(x)
+
+    net = models.NetB(widths=NARROW)
+    net.C5.norm = Norm()
+    plain, trainer = copy.deepcopy(net), Trainer(net, small, replace(SHORT, epochs=1))
+    F.cross_entropy(plain(trainer.batch()[0]), trainer.batch()[1], label_smoothing=0.1).backward()
+    trainer.step()
+    assert torch.allclose(net.C5.norm.inner[0].weight.grad, plain.C5.norm.inner[0].weight.grad, rtol=1e-3, atol=1e-6)
+    assert torch.allclose(net.C5.norm.mean, plain.C5.norm.mean, atol=1e-6)
+    assert torch.allclose(net.C5.norm.inner[1].running_mean, plain.C5.norm.inner[1].running_mean, atol=1e-6)
+
+
 def update(norm, name, x):
     """Subtract a running mean that is no buffer."""
     mean = getattr(norm, name)
@@ -480,6 +504,50 @@ def test_a_number_that_is_none_or_absent_at_first_is_refused(small, start):
         net.C5.activation.calls = None
     with pytest.raises(ValueError, match=r"^C5.activation.calls changes in training, which would be lost; register a"):
         run_epoch(Trainer(net, small, SHORT))
+
+
+@pytest.mark.parametrize("end", ["None", "deleted"])
+def test_state_that_is_not_there_at_the_end_is_refused(small, end):
+    class Ending(nn.SiLU):
+        def __init__(self):
+            super().__init__()
+            self.state = 1.0
+
+        def forward(self, x):
+            if end == "None":
+                self.state = None
+            else:
+                vars(self).pop("state", None)
+            return super().forward(x)
+
+    net = models.NetB(widths=NARROW)
+    net.C5.activation = Ending()
+    with pytest.raises(ValueError, match=r"^C5.activation.state changes in training, which would be lost; register a"):
+        run_epoch(Trainer(net, small, SHORT))
+
+
+def test_a_module_that_is_not_registered_is_refused_when_its_state_changes(small):
+    """One that changes nothing, or is registered as well, may be kept in a list."""
+
+    class Helped(nn.Module):
+        def __init__(self, helper):
+            super().__init__()
+            self.helpers = [helper]
+
+        def forward(self, x):
+            return self.helpers[0].train(self.training)(x.float()).to(x.dtype)
+
+    net = models.NetB(widths=NARROW)
+    net.C5.norm = Helped(nn.BatchNorm2d(8, affine=False))
+    with pytest.raises(ValueError, match=r"^C5.norm.helpers changes in training, which would be lost; register a"):
+        run_epoch(Trainer(net, small, SHORT))
+    net = models.NetA(widths=NARROW)
+    net.C5.norm.unused = [nn.Dropout(0.5), net.C4.norm]
+    net.C5.norm.unused[0].eval()
+    trainer = Trainer(net, small, SHORT)
+    run_epoch(trainer)
+    net.C5.norm.unused[0].train()
+    run_epoch(trainer)
 
 
 def test_state_that_changes_from_the_second_epoch_on_is_refused(small):

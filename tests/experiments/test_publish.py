@@ -381,6 +381,15 @@ def test_weights_of_another_form_are_refused(finished, change, message):
     refuse(finished, f"NetC.pt: c11.weight (is )?{message}")
 
 
+def test_weights_with_another_check_sum_are_refused(finished):
+    """One bit of one weight is another: the score would hardly tell."""
+    path = finished[0] / "weights" / "NetC.pt"
+    content, weights = bytearray(path.read_bytes()), torch.load(path, weights_only=True)["c11.weight"]
+    content[content.index(weights.numpy().tobytes()) + 1] ^= 1
+    path.write_bytes(content)
+    refuse(finished, "NetC.pt: its check sum is wrong")
+
+
 def test_weights_that_are_no_weights_are_refused(finished):
     path = finished[0] / "weights" / "NetC.pt"
     path.write_bytes(b"no weights")

@@ -221,6 +221,22 @@ def test_what_can_not_be_run_ends_in_one_line(monkeypatch, capsys, arguments, me
     assert f"error: {message}" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace("study", "studies"), "there is no column 'study'"),
+        (lambda text: text.replace(",60,", ",a minute,"), "could not convert string to float: 'a minute'"),
+    ],
+)
+def test_a_dry_run_with_a_damaged_file_ends_in_one_line(tiny, capsys, change, message):
+    measured = {"study": "tune", "seconds": 60, "device": "NVIDIA", "train_images": 500}
+    records.upsert(run.RUNS, [tiny[1][0].columns() | measured])
+    run.RUNS.write_text(change(run.RUNS.read_text()))
+    with pytest.raises(SystemExit):
+        run.main(["--dry-run"])
+    assert f"error: {run.RUNS}: {message}" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_named_sweeps_run_in_their_order_under_the_named_commit(tiny, monkeypatch, capsys):
     data, _ = tiny
     ran = []
