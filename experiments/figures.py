@@ -108,7 +108,7 @@ def plot_statistics(rows, inside):
         xscale="log",
         yscale="log",
         xlabel="images that the means are taken over",
-        ylabel="in those of the activations",
+        ylabel="SD of means / SD of activations",
     )
     left.set_title("standard deviation of the means, a point per layer", fontsize=10)
     left.minorticks_off()
@@ -197,7 +197,7 @@ def plot_lead(rows):
         axis.set(title=data, xscale="log", xlabel="batch size, images", xlim=(55, 2 * sizes[-1]))
         axis.minorticks_off()
         axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
-    axes[0].set_ylabel("lead in test accuracy,\npercentage points")
+    axes[0].set_ylabel("lead over layer norm,\npercentage points")
     return figure
 
 

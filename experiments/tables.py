@@ -45,6 +45,14 @@ def claim(text, condition):
     print(f"✓ {text}")
 
 
+def present(tables):
+    """Display tables in a notebook, each under its title: {title: table}."""
+    from IPython.display import Markdown, display  # here: sweeps need neither
+
+    for title, table in tables.items():
+        display(Markdown(f"*{title}*"), table)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Numbers as text
 # ---------------------------------------------------------------------------------------------------------------------
@@ -573,6 +581,35 @@ def without_norm(runs):
     return pd.DataFrame.from_dict(lines, "index").rename_axis("norm")
 
 
+def lead_changes(rows):
+    """How the lead over layer norm changes from one batch size to another on CIFAR-10, by optimizer."""
+    lines = {}
+    for name, runs in select(surface_runs(rows), dataset="CIFAR-10").groupby("optimizer"):
+        of = {size: samples(own) for size, own in runs.groupby("batch_size")}
+        for small, large in ((64, 125), (125, 500), (500, 1000)):
+            parts = [of[size][norm] for size in (large, small) for norm in ("batch", "layer")]
+            found = contrast(*parts, weights=(1, -1, -1, 1))
+            lines[name, f"{small} to {large:,}"] = columns_of(found, "change of the lead")
+    table = pd.DataFrame.from_dict(lines, "index").rename_axis(["optimizer", "batch size"])
+    return table.reindex(list(TUNED.values()), level="optimizer")
+
+
+def controls(rows):
+    """The control's test accuracy minus each norm's, in each sweep, batch size and optimizer where all were tuned."""
+    runs, keys = select(rows, study="lead", augment="none"), ["study", "batch_size", "optimizer"]
+    runs = runs.assign(optimizer=runs["optimizer"].map(TUNED))
+    runs = pd.concat([runs, step_runs(rows).assign(optimizer=lambda own: own["step"])])
+    lines = {}
+    for key, own in runs.groupby(keys, sort=False):
+        if "none" in set(own["norm"]):
+            found = without_norm(own)
+            line = {"n": len(select(own, norm="none"))}
+            for norm in NORMS:
+                line |= {name.replace("norm", norm): value for name, value in found.loc[norm].items()}
+            lines[key] = line
+    return pd.DataFrame.from_dict(lines, "index").rename_axis(["sweep", *keys[1:]]).sort_index()
+
+
 def chosen(rows):
     """The learning rate that was chosen for each line of `surface`."""
     runs = surface_runs(rows)
@@ -600,13 +637,13 @@ def steps(rows):
 
 
 def step_parts(rows):
-    """Momentum's lead minus Muon's, how much of it a step takes, and that minus a half and a quarter of it."""
+    """The gap, momentum's lead minus Muon's; how much of it a step takes; that minus a half and a quarter of it."""
     lines = {}
     for size, runs in step_runs(rows).groupby("batch_size"):
         of = {step: samples(own) for step, own in runs.groupby("step")}
         for (first, second), step in itertools.product(LEADS, list(STEPS.values())[1:-1]):
             parts = [of[one][norm] for one in ("momentum", step, "Muon") for norm in (first, second)]
-            line = columns_of(contrast(*parts[:2], *parts[-2:], weights=(1, -1, -1, 1)), "momentum minus Muon")
+            line = columns_of(contrast(*parts[:2], *parts[-2:], weights=(1, -1, -1, 1)), "gap")
             for name, share in (("taken", 0.0), ("taken minus half", 0.5), ("taken minus a quarter", 0.25)):
                 # momentum - step - share * (momentum - Muon), each of them first - second
                 weights = [sign * one for one in (1 - share, -1, share) for sign in (1, -1)]

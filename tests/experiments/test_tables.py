@@ -366,7 +366,7 @@ def test_parts_of_the_step_take_a_share_of_the_lead():
     assert table["batch minus layer"].tolist() == pytest.approx([1, 0.75, 0.375, 0.25, 4, 3, 1.5, 1], abs=0.1)
     assert table["none"].tolist() == pytest.approx([69] * 8, abs=0.2)
     taken = tables.step_parts(step_rows()).xs("batch minus layer", level="lead").loc[500]
-    assert taken["momentum minus Muon"].tolist() == pytest.approx([3, 3], abs=0.1)
+    assert taken["gap"].tolist() == pytest.approx([3, 3], abs=0.1)
     assert taken["taken"].tolist() == pytest.approx([1, 2.5], abs=0.1)
     assert taken["taken minus half"].tolist() == pytest.approx([-0.5, 1], abs=0.1)
     assert taken["taken minus a quarter"].tolist() == pytest.approx([0.25, 1.75], abs=0.1)
