@@ -283,7 +283,7 @@ def best_recipes(rows, search="search"):
         line["validation"] = seeds.groupby(RECIPE)["validation_accuracy"].mean().max()
         line |= {"test accuracy": best["test_accuracy"].mean(), "std": best["test_accuracy"].std(), "n": len(best)}
         lines.append(line | {"overflow": f"{(tried['status'] == 'diverged').sum()} of {len(tried)}"})
-    table = pd.DataFrame(lines).set_index("norm").rename_axis(columns=SEARCHES[search])
+    table = pd.DataFrame(lines).set_index("norm")
     return table.drop(columns="crop") if search == "search" else table  # without augmentation it plays no part
 
 
