@@ -340,19 +340,23 @@ def read_texts(path=RUNS):
 
 def planned(sweep, rows):
     """List a sweep's experiments; none while the sweep that it needs is not finished."""
-    _, make, needed = SWEEPS[sweep]
-    return [] if needed and waits(sweep, rows) else make(rows)
+    return [] if waits(sweep, rows) else SWEEPS[sweep][1](rows)
 
 
 def waits(sweep, rows):
     """Return whether the sweep that this one needs still has runs to do."""
     needed = SWEEPS[sweep][2]
-    return needed is not None and (waits(needed, rows) or bool(missing(needed, rows)))
+    return needed is not None and (waits(needed, rows) or bool(without_row(needed, SWEEPS[needed][1](rows), rows)))
 
 
 def missing(sweep, rows):
     """List the experiments of a sweep that `rows` do not hold."""
-    wanted = {one: one.columns() for one in planned(sweep, rows)}
+    return without_row(sweep, planned(sweep, rows), rows)
+
+
+def without_row(sweep, experiments, rows):
+    """List those of `experiments` that have no row of the sweep."""
+    wanted = {one: one.columns() for one in experiments}
     if not wanted:
         return []
     names = list(next(iter(wanted.values())))

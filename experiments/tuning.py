@@ -162,7 +162,7 @@ def means_of(rows, studies, seeds=1):
     rows = rows[rows["study"].isin(studies)]
     if rows.empty:
         return {}
-    rows = rows.groupby(KEYS).filter(lambda own: len(own) >= seeds)
+    rows = rows[rows.groupby(KEYS)["seed"].transform("size") >= seeds]
     return validation_means(rows, KEYS).fillna(-1).to_dict()
 
 

@@ -1,6 +1,6 @@
 """Variants of the published nets, and `Experiment`: one run of a net or of a variant."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -182,5 +182,5 @@ class Experiment(utils.Settings):
         """Return what tells this run apart in results/runs.csv, as {column: text}."""
         published = records.statistics_columns(NORM_OF[self.net], 4, self.batch_size)
         variant = {name: getattr(self, name) or value for name, value in published.items()}
-        columns = asdict(self) | variant | {"widths": " ".join(map(str, self.widths))}
+        columns = vars(self) | variant | {"widths": " ".join(map(str, self.widths))}
         return {name: str(value) for name, value in columns.items()}

@@ -112,6 +112,16 @@ def child(call):
     os._exit(1)
 
 
+def run_together(*calls):
+    """Run commands at the same time, each with variables of its own in its environment; return what each prints."""
+    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, env=os.environ | variables, **options) for command, variables in calls]
+    printed = [process.communicate() for process in processes]
+    for process, (output, errors) in zip(processes, printed, strict=True):
+        assert process.returncode == 0, output[-3000:] + errors[-1000:]
+    return [output for output, _ in printed]
+
+
 class Evil:
     """Pickled, a call that makes the folder `path`."""
 

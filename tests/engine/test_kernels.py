@@ -1,19 +1,18 @@
 """The fused step by Triton's interpreter on the CPU: every kernel takes part in each test of a whole step.
 
-Triton reads TRITON_INTERPRET when it is imported, so these tests run in a process of their own: without the variable
-this file holds one test, which runs the others.
+Triton reads TRITON_INTERPRET when it is imported, so these tests run in processes of their own: without the variable
+this file holds two tests, which run the others.
 """
 
 import copy
 import math
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, draw_batch, make_net, poison
+from conftest import draw_batch, make_net, poison, run_together
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -34,11 +33,15 @@ else:
     def interpreted(test):
         """Hide a test from this process."""
 
+    COMMAND = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    VARIABLES = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}
+
     def test_the_step_by_the_interpreter():
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-        environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+        run_together(*(([*COMMAND, "-k", tests], VARIABLES) for tests in ("trainer", "not trainer")))
+
+    @pytest.mark.slow
+    def test_the_step_with_further_optimizers_by_the_interpreter():
+        run_together(([*COMMAND, "-m", "slow"], VARIABLES))
 
 
 def make_batch(count, classes=10):
@@ -184,14 +187,22 @@ def test_a_weight_can_be_computed_from_another():
 
 
 @interpreted
-@pytest.mark.parametrize(("name", "optimizer"), [("NetA", "muon"), ("NetC", "sgd"), ("NetB", "sgdw"), ("Net", "adamw")])
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    [
+        ("NetA", "muon"),
+        ("NetC", "sgd"),
+        pytest.param("NetB", "sgdw", marks=pytest.mark.slow),
+        pytest.param("Net", "adamw", marks=pytest.mark.slow),
+    ],
+)
 def test_a_trainer_trains_as_it_does_without_the_kernels(name, optimizer):
     images, labels, _ = make_batch(1)
-    data = Data(images[:6], labels[:6], images[:1], labels[:1], name="few")
+    data = Data(images[:4], labels[:4], images[:1], labels[:1], name="few")
     rate = {"muon": 0.02, "sgd": 0.02, "sgdw": 0.02, "adamw": 0.001}[optimizer]
     settings = utils.Settings(
         epochs=1,
-        batch_size=3,
+        batch_size=2,
         augment="flip+crop",
         optimizer=optimizer,
         learning_rate=rate,

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, Evil, child, refused, same
+from conftest import ROOT, Evil, child, refused, run_together, same
 from torch import nn
 
 import utils
@@ -733,13 +733,9 @@ net.C1.activation = block
 run = records.fingerprint(net, DATA, SETTINGS, True)
 print([run[name] for name in ("net's modules", "net's attributes", "training code")])
 """
-    printed = []
-    for seed in ("1", "2"):
-        folders = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "engine")))
-        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": folders}
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 0, done.stderr
-        printed.append(done.stdout)
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "engine")))
+    command = [sys.executable, "-c", code]
+    printed = run_together(*((command, {"PYTHONHASHSEED": seed, "PYTHONPATH": path}) for seed in ("1", "2")))
     assert printed[0] == printed[1]
 
 
