@@ -624,6 +624,18 @@ def test_a_scale_of_four_dimensions_is_no_convolution(small):
     run_epoch(Trainer(net, small, SHORT))
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_kernels_take_the_steps_of_newton_schulz_alone(small, name):
+    """Made-up kernels: that of Muon knows no other direction."""
+    state = types.SimpleNamespace(batch=(), launches=lambda: [])
+    muon = types.SimpleNamespace(launch=lambda: None)
+    kernels = types.SimpleNamespace(StepState=lambda *_: state, MuonStep=lambda *_: muon)
+    trainer = Trainer(models.NetB(widths=NARROW), small, replace(SHORT, optimizer=name))
+    trainer.fused = types.SimpleNamespace(launches=lambda: [])
+    trainer.prepare_fused_step(kernels)
+    assert trainer.update == (muon if name in ("muon", "muon-one-rate") else trainer.optimizer.step)
+
+
 def test_the_fused_step_says_why_it_does_not_run(small, monkeypatch, capsys):
     with pytest.raises(ValueError, match=r"^there is no fused step here: it needs a GPU$"):
         Trainer(models.NetA(widths=NARROW), small, SHORT, fused=True)

@@ -108,8 +108,8 @@ MUTATIONS = [
     (
         "an altered checkpoint is refused",
         "engine/records.py",
-        "        if zipfile.ZipFile(io.BytesIO(content)).testzip():",
-        "        if False:",
+        "    if zipfile.ZipFile(io.BytesIO(content)).testzip():",
+        "    if False:",
         f"{RECORDS}::test_a_changed_byte_in_any_tensor_is_refused",
     ),
     (
@@ -351,7 +351,7 @@ MUTATIONS = [
     (
         "state in a plain attribute is not lost",
         "engine/trainer.py",
-        "            if self.attributes.get(name) != text:\n",
+        "            if found.get(where) not in (self.attributes.get(where), records.COMPUTED):\n",
         "            if False:\n",
         f"{TRAINER}::test_state_in_a_plain_attribute_is_refused_by_name",
     ),
@@ -426,6 +426,27 @@ MUTATIONS = [
         "    return not reason\n",
         "    return True\n",
         f"{TRAINER}::test_the_fused_step_says_why_it_does_not_run",
+    ),
+    (
+        "the kernels' Muon takes no other direction",
+        "engine/trainer.py",
+        " and self.optimizer.direction is newton_schulz",
+        "",
+        f"{TRAINER}::test_kernels_take_the_steps_of_newton_schulz_alone",
+    ),
+    (
+        "a forged pickle of tuples in tuples is not loaded",
+        "engine/download.py",
+        "        if tuples > 1000 or (",
+        "        if tuples > 10**9 or (",
+        f"{DATA}::test_a_forged_pickle_neither_crashes_nor_fills_the_process",
+    ),
+    (
+        "state that becomes None is refused",
+        "engine/trainer.py",
+        "        for where in {**self.attributes, **found}:\n",
+        "        for where in found:\n",
+        f"{TRAINER}::test_state_that_is_not_there_at_the_end_is_refused",
     ),
     (
         "a batch beyond the GPU's memory is named",
