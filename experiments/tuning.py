@@ -7,7 +7,7 @@ A cell is a place at which nets are compared: optimizer, batch size, data set, a
 2. decay: at each net's best rate, decays half a decade apart around the first one, and on as with the rates.
 3. seeds: two more seeds of each net's best two settings.
 4. edges: while a net's best mean of three seeds has the smallest or the largest rate or decay tried, three seeds of
-   the next one, for this net alone: where the best lies inside, no further one can be the best.
+   the next one, for this net alone, until the best lies inside.
 5. Each net's best mean of three seeds is its setting. It gets new runs, with all training images.
 
 Decay is counted as the share of a weight that an epoch at the peak rate takes,
