@@ -74,9 +74,16 @@ class ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module, name):
         if (module.replace("._core", ".core"), name) in ARRAY_PARTS:
             return ArrayPart
-        if (module, name) != ("_codecs", "encode"):  # it makes bytes
-            raise pickle.UnpicklingError(f"{module}.{name} is not part of an array")
-        return super().find_class(module, name)
+        if (module, name) == ("_codecs", "encode"):  # by which pickles of protocol 2 hold bytes
+            return encode_latin1
+        raise pickle.UnpicklingError(f"{module}.{name} is not part of an array")
+
+
+def encode_latin1(text, encoding):
+    """Encode as Latin-1 alone: by other codecs, such as hex, a small file could grow without bound."""
+    if not isinstance(text, str) or encoding != "latin1":
+        raise pickle.UnpicklingError(f"{encoding} is not what an array needs")
+    return text.encode("latin1")
 
 
 def check_pickle(content):

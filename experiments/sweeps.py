@@ -297,7 +297,7 @@ CELLS_100 = [Cell(*pair, dataset="CIFAR-100", seeds=10) for pair in CORNERS]
 PYTORCH_STEP = ("captured", *tuning("part", []))  # without the fused step, which does not know all of their nets
 
 # Sweep: the split that it is scored on, its function, and the sweep whose rows it needs first.
-# results/runs.csv has four more, which ran before: optimizer-h200 and main-h100, on another GPU than their namesakes;
+# results/runs.csv has others, too: main and short, of s8.ipynb; optimizer-h200 and main-h100, repeats on another GPU;
 # batch-size-first, at higher rates; earlier-choice, at settings that more tuning replaced.
 SWEEPS = {
     "tune": ("validation", tune, None),
@@ -313,7 +313,7 @@ SWEEPS = {
     **tuning("lead-100", CELLS_100),
     **tuning("step", CELLS_STEP),
     **tuning("part", CELLS_PART),
-    "time": ("test", time, "lead-seeds"),
+    "time": ("test", time, "lead-edges"),
     "long-tune": ("validation", long_tune, None),
     "long": ("test", long, "long-tune"),
     "initial": ("validation", initial, None),

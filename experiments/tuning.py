@@ -123,9 +123,10 @@ def decay_of(experiment):
 
 
 def next_level(levels, best):
-    """Return the level beyond `best` where that is the first or the last of several `levels`, else None."""
+    """Return the level beyond `best`, the first or the last of several `levels`; None elsewhere, or without one."""
     step = (best == max(levels)) - (best == min(levels))
-    return HALF_DECADES[HALF_DECADES.index(best) + step] if step else None
+    index = HALF_DECADES.index(best) + step
+    return HALF_DECADES[index] if step and 0 <= index < len(HALF_DECADES) else None
 
 
 def beyond(cell, tried, means):

@@ -499,6 +499,17 @@ def test_a_forged_array_of_objects_does_not_crash(tmp_path):
     assert (done.returncode, done.stdout) == (0, "None\n"), done.stderr
 
 
+def test_a_forged_pickle_does_not_grow(tmp_path):
+    """By codecs other than Latin-1 each step would double what the one before made."""
+    content = b"\x80\x02c_codecs\nencode\nq\x000" + b"h\x00(X\x01\x00\x00\x00aX\x06\x00\x00\x00latin1tR"
+    assert download.ArrayUnpickler(io.BytesIO(content + b".")).load() == b"a"
+    forged = b"\x80\x02c_codecs\nencode\n(C\x01aX\x03\x00\x00\x00hextR."
+    with pytest.raises(pickle.UnpicklingError, match=r"^hex is not what an array needs$"):
+        download.ArrayUnpickler(io.BytesIO(forged)).load()
+    (tmp_path / "train").write_bytes(forged)
+    assert download.read_cifar100(tmp_path / "train") is None
+
+
 @pytest.mark.parametrize(
     "content",
     [
