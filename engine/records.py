@@ -146,6 +146,33 @@ def read_predictions(path, labels=None, data=None):
     return found
 
 
+def right_rows(predictions):
+    """Return which images each seed of each net got right, as rows of a table: no label can be read from them.
+
+    predictions  arrays of `read_predictions`
+    right        hexadecimal digits, a bit for each of so many images, the first one's the highest
+    """
+    labels = predictions["labels"]
+    nets = [name for name in predictions if f"{name} seeds" in predictions]
+    return [
+        {"net": net, "seed": int(seed), "images": len(labels), "right": np.packbits(found == labels).tobytes().hex()}
+        for net in nets
+        for seed, found in zip(predictions[f"{net} seeds"], predictions[net], strict=True)
+    ]
+
+
+def read_right(path):
+    """Return what rows of `right_rows` hold, as {net: bool of (seeds, N)}. ValueError when they are damaged."""
+    found = {}
+    for row in read_rows(path, texts=True).to_dict("records"):
+        try:
+            bits = np.unpackbits(np.frombuffer(bytes.fromhex(row["right"]), np.uint8))
+            found.setdefault(row["net"], []).append(bits[: int(row["images"])].astype(bool))
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path} holds no images that were right: {error}") from None
+    return {net: np.stack(seeds) for net, seeds in found.items()}
+
+
 def check_folder(folder, row, data):
     """Raise what saving runs with this row's settings on `data` in `folder` would; change nothing."""
     files.output_folder(folder, create=False)

@@ -4,7 +4,8 @@
     python -m experiments.publish --no-run        check and copy what is in out/published
     python -m experiments.publish --no-run --commit 1a2b3c4    the same for a run where there was no git
 
-Copies the executed notebook, the grids in img/, the weights, rows and predictions. For a run on another machine:
+Copies the executed notebook, the grids in img/, the weights and rows, and writes which test images each seed got
+right. The predictions stay where they are, since they hold the data set's labels. For a run on another machine:
 
     papermill s8.ipynb out/published/s8.ipynb -p folder out/published -p seeds 10 -p source cifar10
 """
@@ -46,7 +47,8 @@ HIGHEST |= {"loss": 1000, "learning_rate": 10, "elapsed": 10**6, "confidence": 1
 WIDTH = 1760  # pixels of a picture
 NOTEBOOK, ROWS = "s8.ipynb", "results/runs.csv"
 COPIES = [f"img/{norm}.png" for norm in ("batch", "layer", "group")] + [f"weights/{net}.pt" for net in utils.NETS]
-COPIES += ["results/predictions.npz", *(f"results/{name}.csv" for name in TABLES if name != "runs")]
+COPIES += [f"results/{name}.csv" for name in TABLES if name != "runs"]
+PREDICTIONS, RIGHT = "results/predictions.npz", "results/right.csv"  # what is checked, and what is published of it
 
 
 @contextlib.contextmanager
@@ -218,7 +220,7 @@ def check_predictions(predictions, rows):
 
 def check_weights(folder, predictions, data):
     """Refused unless each net's weights predict what its first seed did; ten images may be decided by rounding."""
-    with naming(folder / "results" / "predictions.npz"):
+    with naming(folder / PREDICTIONS):
         if predictions["labels"].tolist() != data.test_labels.tolist():
             raise Refused("its labels are not those of CIFAR-10's test images")
         if predictions["data"] != records.test_hash(data):
@@ -235,7 +237,7 @@ def publish(folder, commit=None, root=ROOT):
     """Check what a run left in `folder`, then copy it to the checkout `root`; nothing is copied unless all is right."""
     folder = folder.resolve()
     with tempfile.TemporaryDirectory() as snapshot:  # so that what is published is what was checked
-        for file in (*COPIES, NOTEBOOK, ROWS):
+        for file in (*COPIES, PREDICTIONS, NOTEBOOK, ROWS):
             if not (folder / file).is_file():
                 raise Refused(f"{folder / file} is not there")
             if (folder / file).resolve() != folder / file:
@@ -253,9 +255,9 @@ def publish_snapshot(folder, commit, root):
     """Do `publish` of files that nobody else writes."""
     with naming(folder / ROWS) as path:
         rows = check_rows(read_table(path, [*TABLES["runs"], *published_columns("NetA")]), commit)
-    with naming(folder / "results" / "predictions.npz") as path:
+    with naming(folder / PREDICTIONS) as path:
         predictions = records.read_predictions(path)
-    for file in COPIES:
+    for file in (PREDICTIONS, *COPIES):
         with naming(folder / file) as path:
             check_file(path, rows, predictions)
     with naming(root / NOTEBOOK):
@@ -263,19 +265,20 @@ def publish_snapshot(folder, commit, root):
     with naming(folder / NOTEBOOK) as path:
         executed = nbformat.read(path, as_version=4)
         check_source(executed, original, SEEDS)
-        content = f"{nbformat.writes(check_notebook(executed))}\n".encode()
+        made = {NOTEBOOK: f"{nbformat.writes(check_notebook(executed))}\n".encode()}
+    made[RIGHT] = pd.DataFrame(records.right_rows(predictions)).to_csv(index=False).encode()
     try:
         check_weights(folder, predictions, load_data(utils.pick_device(), "cifar10", root / "data"))
     except OSError as error:
         if any((root / "data").glob("cifar-10-*")):
             raise Refused(f"weights can't be scored: {error}") from None
         print(f"weights are not scored: {error}")
-    replaced = [root / file for file in (*COPIES, NOTEBOOK, ROWS)]
+    replaced = [root / file for file in (*COPIES, *made, ROWS)]
     with naming(root), contextlib.ExitStack() as signals, files.rollback_on_error(replaced):
         with contextlib.ExitStack() as targets:  # which are replaced on leaving, unless writing one failed
-            for file in (*COPIES, NOTEBOOK):
+            for file in (*COPIES, *made):
                 _, temporary = targets.enter_context(files.replacement(root / file))
-                temporary.write_bytes(content if file == NOTEBOOK else (folder / file).read_bytes())
+                temporary.write_bytes(made[file] if file in made else (folder / file).read_bytes())
             signals.enter_context(files.signals_deferred())  # until all are replaced, or all are as they were
         records.upsert(root / ROWS, rows, key={"study": "main"})  # in place of all that was published before
 

@@ -287,17 +287,18 @@ def best_recipes(rows, search="search"):
     return table.drop(columns="crop") if search == "search" else table  # without augmentation it plays no part
 
 
-def other_images(predictions, draws=10_000):
+def other_images(right, draws=10_000):
     """The published leads with three intervals: over seeds (Welch's), over test images, and over both.
 
     The last two are bootstraps, which draw images, or seeds and images, with replacement. Drawing both counts twice
     what a single seed does on a single image, so that interval is wider than need be.
 
-    predictions  arrays of `engine.records.read_predictions`
+    right  {net: bool of (seeds, N images)}, as `engine.records.read_right` returns it
     """
     generator = np.random.default_rng(0)
-    right = {NORM_OF[net]: 100.0 * (predictions[net] == predictions["labels"]) for net in NORM_OF if net in predictions}
-    images, stacked = len(predictions["labels"]), np.concatenate(list(right.values()))
+    right = {NORM_OF[net]: 100.0 * own for net, own in right.items()}
+    stacked = np.concatenate(list(right.values()))
+    images = stacked.shape[1]
     fixed, both = ({norm: np.empty(draws) for norm in right} for _ in range(2))
     for draw in range(draws):
         weights = np.bincount(generator.integers(images, size=images), minlength=images) / images

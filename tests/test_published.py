@@ -16,6 +16,7 @@ from PIL import Image
 import hubconf
 import models
 import utils
+from engine import records
 from engine.probe import mean_spread
 from engine.records import NON_KEY_COLUMNS, read_rows
 from engine.trainer import schedule
@@ -208,6 +209,18 @@ def test_grids_hold_five_rows_of_two_images(norm):
 # ---------------------------------------------------------------------------------------------------------------------
 # README, paths, requirements
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("net", utils.NETS)
+def test_right_images_are_as_many_as_the_rows_say(net):
+    right, own = records.read_right(ROOT / "results" / "right.csv")[net], MAIN[MAIN["net"] == net].sort_values("seed")
+    assert right.shape == (10, 10_000)
+    assert (100 * right.mean(1)).round(3).tolist() == own["test_accuracy"].tolist()
+
+
+def test_no_predictions_are_published():
+    """They hold the data set's labels."""
+    assert not (ROOT / "results" / "predictions.npz").exists()
 
 
 def test_readme_has_one_generated_table_which_is_computed():

@@ -129,6 +129,27 @@ def test_whole_numbers_are_one_key_however_they_are_written(path):
         assert len(rows_of(path)) == 2
 
 
+def test_which_images_were_right_is_read_as_it_was_written(tmp_path):
+    path, random = tmp_path / "right.csv", np.random.default_rng(0)
+    labels = random.integers(0, 10, 13)  # no whole number of bytes
+    predictions = {
+        "labels": labels,
+        "data": np.array("0"),
+        "NetA": random.integers(0, 10, (2, 13)),
+        "NetA seeds": [0, 3],
+    }
+    predictions["NetA"][1] = labels
+    rows = records.right_rows(predictions)
+    assert [(row["net"], row["seed"], row["images"]) for row in rows] == [("NetA", 0, 13), ("NetA", 3, 13)]
+    records.upsert(path, rows)
+    found = records.read_right(path)
+    assert list(found) == ["NetA"]
+    assert found["NetA"].tolist() == (predictions["NetA"] == labels).tolist()
+    path.write_text(path.read_text().replace(rows[0]["right"], "none"))
+    with pytest.raises(ValueError, match=r"right.csv holds no images that were right: [^\n]+$"):
+        records.read_right(path)
+
+
 @pytest.mark.parametrize("column", ["study", "dataset"])
 def test_names_that_look_like_numbers_are_texts(path, column):
     for name in ("1.1", "1.10", "01", "1"):

@@ -31,7 +31,9 @@ from experiments.sweeps import read_texts
 
 FILES = [f"img/{norm}.png" for norm in ("batch", "layer", "group")]
 FILES += [f"weights/{net}.pt" for net in ("NetA", "NetB", "NetC")]
-FILES += ["results/predictions.npz"] + [f"results/{name}.csv" for name in ("history", "mistakes", "inside")]
+FILES += [f"results/{name}.csv" for name in ("history", "mistakes", "inside")]
+SOURCES = [*FILES, "results/predictions.npz", "s8.ipynb", "results/runs.csv"]  # of which the predictions stay there
+PUBLISHED = [*FILES, "results/right.csv"]  # beside the notebook and the rows
 EPOCH = "0.5,0.5,99.97,0.5,0.5,0.5"
 INSIDE = [
     f"{net},{images},{layer},0.22986"
@@ -161,6 +163,10 @@ def test_what_was_there_is_published(finished):
     assert rows[main].reset_index(drop=True).equals(new), "the texts are others"
     others = before[before["study"] != "main"].reset_index(drop=True)
     assert rows[~main].reset_index(drop=True).equals(others), "other rows changed"
+    assert not (root / "results" / "predictions.npz").exists(), "it holds labels"
+    right = records.read_right(root / "results" / "right.csv")
+    assert list(right) == list(utils.NETS)
+    assert all((own == (np.arange(10_000) > 2)).all() and own.shape == (10, 10_000) for own in right.values())
     cells = nbformat.read(root / "s8.ipynb", as_version=4).cells
     assert [cell.source for cell in cells][:2] == ["# Title", "seeds = None"]
 
@@ -313,13 +319,13 @@ def test_a_commit_that_is_known_is_not_renamed(finished):
     assert set(published["commit"][published["study"] == "main"]) == {COMMIT}
 
 
-@pytest.mark.parametrize("file", [*FILES, "s8.ipynb", "results/runs.csv"])
+@pytest.mark.parametrize("file", SOURCES)
 def test_a_missing_file_is_refused(finished, file):
     (finished[0] / file).unlink()
     refuse(finished, f"{file} is not there")
 
 
-@pytest.mark.parametrize("file", [*FILES, "s8.ipynb", "results/runs.csv"])
+@pytest.mark.parametrize("file", SOURCES)
 def test_a_symbolic_link_is_refused(finished, file):
     (finished[0] / file).rename(finished[0] / "elsewhere")
     (finished[0] / file).symlink_to(finished[0] / "elsewhere")
@@ -608,11 +614,11 @@ def test_swapped_weights_are_refused(finished, real, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [OSError("No space left"), KeyboardInterrupt()])
-@pytest.mark.parametrize("number", [0, 1, 5, len(FILES), len(FILES) + 1])
+@pytest.mark.parametrize("number", [0, 1, 5, len(PUBLISHED), len(PUBLISHED) + 1])
 def test_a_failure_while_files_are_replaced_leaves_all_as_they_were(finished, monkeypatch, number, error):
     """Of files that are there, and of those that are not yet there."""
     folder, root = finished
-    for file in FILES[::2]:
+    for file in PUBLISHED[::2]:
         (root / file).write_bytes(b"published before")
     before, replace, calls = contents(root), os.replace, []
 
@@ -629,10 +635,10 @@ def test_a_failure_while_files_are_replaced_leaves_all_as_they_were(finished, mo
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("call", [1, 5, len(FILES) + 2])
+@pytest.mark.parametrize("call", [1, 5, len(PUBLISHED) + 2])
 def test_signals_wait_until_all_files_are_replaced(finished, number, call):
     folder, root = finished
-    for file in FILES:
+    for file in PUBLISHED:
         (root / file).write_bytes(b"published before")
     replace, calls = os.replace, []
 
@@ -655,7 +661,7 @@ def test_signals_wait_until_all_files_are_replaced(finished, number, call):
 
 def test_signals_wait_until_all_files_are_put_back(finished, monkeypatch):
     folder, root = finished
-    for file in FILES:
+    for file in PUBLISHED:
         (root / file).write_bytes(b"published before")
     before, save = contents(root), files.save
 

@@ -472,21 +472,18 @@ def test_the_fused_step_is_compared_over_both_sets_of_ten_seeds():
 
 def test_intervals_over_seeds_and_images_are_wider():
     """Twenty images of which the nets get some right in every seed: the images alone make the lead uncertain."""
-    labels = np.zeros(20, np.uint8)
-    wrong = {"NetA": range(4), "NetB": range(2, 8), "NetC": range(6)}
-    predictions = {"labels": labels}
-    for net, images in wrong.items():
-        predictions[net] = np.zeros((3, 20), np.uint8)
-        predictions[net][:, list(images)] = 1
-        predictions[net][0, 19] = 1
-    table = tables.other_images(predictions, draws=2000).loc["batch minus layer"]
+    right = {net: np.ones((3, 20), bool) for net in ("NetA", "NetB", "NetC")}
+    for net, images in {"NetA": range(4), "NetB": range(2, 8), "NetC": range(6)}.items():
+        right[net][:, list(images)] = False
+        right[net][0, 19] = False
+    table = tables.other_images(right, draws=2000).loc["batch minus layer"]
     assert table["over seeds"] == table["over images"] == table["over seeds and images"] == pytest.approx(10)
     reach = {name: table[f"{name}, high"] - table[f"{name}, low"] for name in ("over images", "over seeds and images")}
     error = 100 * np.std([1] * 4 + [-1] * 2 + [0] * 14) / 20**0.5  # of the images' differences
     assert reach["over images"] / (2 * 1.96) == pytest.approx(error, rel=0.2)
-    predictions = {"labels": labels} | {net: np.zeros((2, 20), np.uint8) for net in wrong}
-    predictions["NetA"][0] = 1  # no image matters, only which seeds are drawn
-    table = tables.other_images(predictions, draws=2000).loc["batch minus layer"]
+    right = {net: np.ones((2, 20), bool) for net in right}
+    right["NetA"][0] = False  # no image matters, only which seeds are drawn
+    table = tables.other_images(right, draws=2000).loc["batch minus layer"]
     assert table[["over images, low", "over images, high"]].tolist() == pytest.approx([-50, -50])
     assert table[["over seeds and images, low", "over seeds and images, high"]].tolist() == pytest.approx([-100, 0])
 
