@@ -83,7 +83,7 @@ def captured(rows):
 
 
 def fused(rows):
-    """List their last ten seeds, with the fused step."""
+    """List seeds 10 to 19 of the published runs, with the fused step."""
     return [one for one in published(20) if one.seed >= 10]
 
 
@@ -354,9 +354,9 @@ def missing(sweep, rows):
     return without_row(sweep, planned(sweep, rows), rows)
 
 
-def without_row(sweep, experiments, rows):
-    """List those of `experiments` that have no row of the sweep."""
-    wanted = {one: one.columns() for one in experiments}
+def without_row(sweep, wanted, rows):
+    """List those of the experiments `wanted` that have no row of the sweep."""
+    wanted = {one: one.columns() for one in wanted}
     if not wanted:
         return []
     names = list(next(iter(wanted.values())))
