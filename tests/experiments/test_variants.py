@@ -238,4 +238,4 @@ def test_every_optimizer_and_every_variant_trains(small, optimizer, variant):
         for _ in trainer.epoch():
             pass
         losses.append(trainer.means()[0])
-    assert losses[-1] < losses[0] - (0.03 if variant.get("layer_variant") == "tanh" else 0.04)
+    assert losses[-1] < losses[0] - (0.03 if variant.get("layer_variant") == "tanh" else 0.05)
