@@ -31,6 +31,7 @@ NETS = ("NetA", "NetB", "NetC")
 LEARNING_RATES = {"NetA": 0.06, "NetB": 0.03, "NetC": 0.03}  # best on the validation split: experiments/sweeps.py, tune
 AUGMENTS = ("none", "flip", "flip+crop")
 MAX_EPOCHS = 20  # the limit that the comparison sets itself
+CHECKPOINT_SECONDS = 1  # from one checkpoint of a run to its next, at least, but for its last
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ def train(net, data, settings, label="", track=True, fused=None, checkpoint=None
 
     track       test after each epoch
     fused       whether to take the step of engine.kernels, see `engine.trainer.takes_fused_step`
-    checkpoint  file written after each epoch; where it exists, training resumes from it, bit for bit
+    checkpoint  file written after the last epoch and before, but not twice within a second; where it exists, training
+                resumes from it, bit for bit
 
     The history's keys are epoch (from 1), loss (with label smoothing) and train_accuracy (both while training),
     test_accuracy (nan unless `track`), learning_rate (of the last step), seconds (of training alone) and elapsed
@@ -138,6 +140,7 @@ def train(net, data, settings, label="", track=True, fused=None, checkpoint=None
                 started -= history[-1]["elapsed"] if history else 0
             else:  # so that a run that ends in its first epoch is not resumed from half-trained weights
                 records.write_checkpoint(checkpoint, run, history, trainer.state_dict())
+        written = time.perf_counter()
         form = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}{postfix}"
         wait = 1 if sys.stdout.isatty() else 10  # seconds: a notebook saves each
         total, done = trainer.steps_per_epoch * settings.epochs, trainer.steps_per_epoch * len(history)
@@ -153,8 +156,10 @@ def train(net, data, settings, label="", track=True, fused=None, checkpoint=None
                 rate = trainer.learning_rates[epoch * trainer.steps_per_epoch - 1].item()
                 values = (epoch, loss, accuracy, tested, rate, seconds, time.perf_counter() - started)
                 history.append(dict(zip(records.HISTORY, values, strict=True)))
-                if checkpoint is not None:
+                due = epoch == settings.epochs or time.perf_counter() - written >= CHECKPOINT_SECONDS
+                if checkpoint is not None and due:
                     records.write_checkpoint(checkpoint, run, history, trainer.state_dict())
+                    written = time.perf_counter()
                 message = f"epoch {epoch}, loss {loss:.3f}, train {accuracy:.1f}%"
                 bar.set_postfix_str(message + (f", {data.split} {tested:.1f}%" if track else ""), refresh=False)
     return history

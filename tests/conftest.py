@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import models  # noqa: E402
+import utils  # noqa: E402
 from engine.data import load_data, synthetic_data  # noqa: E402
 from engine.trainer import OPTIMIZERS  # noqa: E402
 
@@ -37,6 +38,12 @@ def closed_figures():
     """Close the figures that a test leaves open."""
     yield
     plt.close("all")
+
+
+@pytest.fixture(autouse=True)
+def checkpoint_after_each_epoch(monkeypatch):
+    """Let runs of a fraction of a second have checkpoints to resume from."""
+    monkeypatch.setattr(utils, "CHECKPOINT_SECONDS", 0)
 
 
 @pytest.fixture(scope="session")

@@ -414,6 +414,20 @@ def test_an_interrupted_call_without_a_checkpoint_keeps_what_was_learned(tiny, m
     assert not same(utils.build("NetA", LONG).state_dict(), net.state_dict())
 
 
+def test_between_the_first_and_the_last_checkpoint_a_run_writes_one_a_second_at_most(tiny, tmp_path, monkeypatch):
+    write, written = records.write_checkpoint, []
+
+    def count(path, run, history, state):
+        written.append(len(history))
+        write(path, run, history, state)
+
+    monkeypatch.setattr(records, "write_checkpoint", count)
+    for number, seconds in enumerate((3600, 0)):
+        monkeypatch.setattr(utils, "CHECKPOINT_SECONDS", seconds)
+        trained(tiny, settings=LONG, checkpoint=tmp_path / f"{number}.pt")
+    assert written == [0, LONG.epochs, *range(LONG.epochs + 1)]
+
+
 def test_a_checkpoint_without_a_name_is_refused(tiny):
     refuses(lambda: trained(tiny, checkpoint=""), "checkpoint is ''; name a file")
 
