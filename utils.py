@@ -28,7 +28,6 @@ from engine.trainer import OPTIMIZERS, Trainer, check_input, check_kind, takes_f
 from models import NORM_OF, choose, show, whole_number
 
 NETS = ("NetA", "NetB", "NetC")
-LEARNING_RATES = {"NetA": 0.06, "NetB": 0.03, "NetC": 0.03}  # best on the validation split: experiments/sweeps.py, tune
 AUGMENTS = ("none", "flip", "flip+crop")
 MAX_EPOCHS = 20  # the limit that the comparison sets itself
 CHECKPOINT_SECONDS = 1  # from one checkpoint of a run to its next, at least, but for its last
@@ -36,13 +35,13 @@ CHECKPOINT_SECONDS = 1  # from one checkpoint of a run to its next, at least, bu
 
 @dataclass(frozen=True)
 class Settings:
-    """Hyperparameters of one training run. ValueError for one that is out of range."""
+    """Hyperparameters of one training run, by default the published recipe. ValueError for one that is out of range."""
 
     learning_rate: float = 0.03  # peak of the schedule, see engine.trainer.schedule
-    weight_decay: float = 0.5  # decoupled, multiplied by the learning rate; under sgd an L2 term; see param_groups
+    weight_decay: float = 0.167  # decoupled, multiplied by the learning rate; under sgd an L2 term; see param_groups
     momentum: float = 0.95  # under adamw: beta 1
     optimizer: str = "muon"  # one of engine.trainer.OPTIMIZERS
-    batch_size: int = 500  # images; an epoch leaves out what does not fill a batch
+    batch_size: int = 250  # images; an epoch leaves out what does not fill a batch
     epochs: int = 20
     augment: str = "none"  # one of AUGMENTS, see engine.trainer.Trainer.epoch
     crop: int = 2  # pixels by which random crops move an image, at most

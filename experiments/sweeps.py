@@ -16,11 +16,15 @@ from engine import records
 from experiments import ROOT
 from experiments.tuning import MOMENTUM, Cell, tuning, validation_means
 from experiments.variants import Experiment
-from utils import LEARNING_RATES, NETS, Settings
+from utils import NETS, Settings
 
 RUNS = ROOT / "results" / "runs.csv"
 WITH_CONTROL = (*NETS, "Net")
-AUGMENTED_WEIGHT_DECAY = 0.1  # with flip and crop: best over the three nets in the sweep tune
+# What all sweeps but `recipe` and `augment` depart from: the recipe that was published before.
+EARLIER = {"batch_size": 500, "weight_decay": 0.5}
+EARLIER_RATES = {"NetA": 0.06, "NetB": 0.03, "NetC": 0.03, "Net": 0.03}
+EARLIER_AUGMENTED = {"weight_decay": 0.1, "augment": "flip+crop"}
+AUGMENTED = {"weight_decay": 0.05, "augment": "flip+crop"}  # the published settings with flip and crop
 
 # Grids of learning rates, half a decade apart, and weight decays for each optimizer.
 RATES = {
@@ -53,38 +57,38 @@ SETTING = ["optimizer", "net", "learning_rate", "weight_decay"]
 
 
 def experiments(nets, seeds, changes=({},), variants=({},)):
-    """List an Experiment for each of the first seeds, variants, changes to the published settings, and nets."""
+    """List an Experiment for each of the first seeds, variants, changes to the EARLIER settings, and nets."""
     return [
-        Experiment(**({"net": net, "learning_rate": LEARNING_RATES.get(net, 0.03), "seed": seed} | change | variant))
+        Experiment(**({"net": net, "learning_rate": EARLIER_RATES[net], "seed": seed} | EARLIER | change | variant))
         for seed, variant, change, net in itertools.product(range(seeds), variants, changes, nets)
     ]
 
 
-def tune(rows):
-    rates = [{"learning_rate": rate} for rate in (0.015, 0.03, 0.06, 0.12)]
-    decays = [{"weight_decay": decay, "augment": "flip+crop"} for decay in (0.05, 0.1, 0.2, 0.5)]
-    return experiments(NETS, 2, rates + decays)
+def recipe(rows):
+    """List three seeds of the published settings with one of them changed, for all nets alike."""
+    plain = [{}, {"weight_decay": 0.1}, {"weight_decay": 0.25}, {"momentum": 0.9}, {"momentum": 0.98}]
+    plain += [{"label_smoothing": share} for share in (0.0, 0.05, 0.2)] + [{"warmup": share} for share in (0.1, 0.4)]
+    augmented = [{"weight_decay": decay, "augment": "flip+crop"} for decay in (0.02, 0.05, 0.1, 0.167)]
+    augmented += [{"weight_decay": 0.05, "augment": "flip+crop", "label_smoothing": share} for share in (0.0, 0.05)]
+    return [
+        Experiment(net=net, seed=seed, **change)
+        for seed, change, net in itertools.product(range(3), plain + augmented, NETS)
+    ]
 
 
 def augment(rows):
-    """List the published runs with augmentation."""
-    return experiments(NETS, 10, [{"weight_decay": AUGMENTED_WEIGHT_DECAY, "augment": "flip+crop"}])
-
-
-def published(seeds):
-    """List the published runs, without and with augmentation, of so many seeds."""
-    augmented = {"weight_decay": AUGMENTED_WEIGHT_DECAY, "augment": "flip+crop"}
-    return experiments(NETS, seeds, [{}, augmented])
+    """List ten seeds of the published settings with flip and crop."""
+    return [Experiment(net=net, seed=seed, **AUGMENTED) for seed, net in itertools.product(range(10), NETS)]
 
 
 def captured(rows):
-    """List twenty seeds of the published runs, which `experiments.run` trains without the fused step here."""
-    return published(20)
+    """List twenty seeds of the earlier recipes, which `experiments.run` trains without the fused step here."""
+    return experiments(NETS, 20, [{}, EARLIER_AUGMENTED])
 
 
 def fused(rows):
-    """List seeds 10 to 19 of the published runs, with the fused step."""
-    return [one for one in published(20) if one.seed >= 10]
+    """List seeds 10 to 19 of the earlier recipes, with the fused step."""
+    return [one for one in captured(rows) if one.seed >= 10]
 
 
 def of_setting(optimizer, net, learning_rate, decay, seeds, **variant):
@@ -183,9 +187,10 @@ def batch_rate(rows):
     """List learning rates at both ends of the batch sizes, as multiples of the published ones; one seed."""
     factors = {32: (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2), 1024: (1 / 2, 1, 2, 4)}
     return [
-        Experiment(net=net, learning_rate=factor * LEARNING_RATES[net], batch_size=size)
+        one
         for size in factors
         for factor, net in itertools.product(factors[size], NETS)
+        for one in experiments([net], 1, [{"learning_rate": factor * EARLIER_RATES[net], "batch_size": size}])
     ]
 
 
@@ -195,7 +200,7 @@ def batch_size(rows):
     found = []
     for size, net in itertools.product((32, 64, 128, 256, 1024), NETS):
         ends = [float(means[net, str(end)].idxmax()) for end in (32, 1024)]
-        rate = np.interp(np.log([size]), np.log([32, 500, 1024]), np.log([ends[0], LEARNING_RATES[net], ends[1]]))
+        rate = np.interp(np.log([size]), np.log([32, 500, 1024]), np.log([ends[0], EARLIER_RATES[net], ends[1]]))
         found += experiments([net], 3, [{"batch_size": size, "learning_rate": float(f"{np.exp(rate[0]):.3g}")}])
     return sorted(found, key=lambda one: (one.batch_size, one.seed))  # alike ones at the same time
 
@@ -218,7 +223,7 @@ def epochs(rows):
 
 
 def flip(rows):
-    small = [{"weight_decay": AUGMENTED_WEIGHT_DECAY, "augment": name} for name in ("none", "flip")]
+    small = [{"weight_decay": 0.1, "augment": name} for name in ("none", "flip")]
     large = [{"weight_decay": 0.5, "augment": name} for name in ("flip", "flip+crop")]
     return experiments(NETS, 3, small + large)
 
@@ -300,7 +305,7 @@ PYTORCH_STEP = ("captured", *tuning("part", []))  # without the fused step, whic
 # results/runs.csv has others, too: main and short, of s8.ipynb; optimizer-h200 and main-h100, repeats on another GPU;
 # batch-size-first, at higher rates; earlier-choice, at settings that more tuning replaced.
 SWEEPS = {
-    "tune": ("validation", tune, None),
+    "recipe": ("validation", recipe, None),
     "augment": ("test", augment, None),
     "captured": ("test", captured, None),
     "fused": ("test", fused, None),
