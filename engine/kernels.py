@@ -892,7 +892,7 @@ class FusedNet:
         self.colors[1] = 1
         self.colors[:, :3] = 255 * torch.stack([models.MEAN.flatten(), models.STD.flatten()]).to(device)
         self.layers, before = [], None
-        self.small_batch = batch_size < 2 * sm_count
+        self.small_batch = batch_size < sm_count
         for name in SIDES:
             before = Layer(net, name, before, batch_size, sm_count, self.small_batch and large_shared_memory, device)
             self.layers.append(before)
