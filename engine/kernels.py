@@ -705,7 +705,7 @@ class Tile(NamedTuple):
     programs: int = 1  # for each multiprocessor; backward alone
 
 
-# For each layer and direction, for batches of 2 or more images for each multiprocessor and for smaller ones.
+# For each layer and direction, for batches of an image or more for each multiprocessor and for smaller ones.
 # Measured on an H100 80GB HBM3 with torch 2.11 and Triton 3.6 by `python -m engine.tune --tiles`.
 TILES = {
     "C1 forward": (Tile(256, 128, 4, 4), Tile(256, 256, 4, 4)),

@@ -11,7 +11,7 @@ Needs CIFAR-10. An epoch is every training image once, forward, backward and upd
     eager             the step in PyTorch, one kernel launched after another
     captured          the same, captured as a CUDA graph: utils.train(..., fused=False) on a GPU
     fused             the step of engine.kernels, captured as a CUDA graph: what utils.train does on a newer GPU
-    fused-125         the same at a batch size of 125
+    fused-125, fused-250    the same at batch sizes of 125 and 250, the published one; 500 elsewhere
     captured-3, fused-3    three nets at once on one GPU, as experiments.run trains them: seconds per net and epoch
 
 On a CPU there is nothing to capture: eager is what utils.train does. The plain loop runs in the same process, so there
@@ -46,11 +46,8 @@ from utils import NETS, Settings
 
 BENCH = ROOT / "results" / "bench.csv"
 PLAIN_BATCH = 128
-
-
-def settings_of(net, **changes):
-    """The published settings of a net, with changes."""
-    return Settings(**{"learning_rate": utils.LEARNING_RATES[net], **changes})
+SIZES = {"fused-125": 125, "fused-250": 250}  # batch sizes of paths; of all others
+STANDARD = 500
 
 
 class PlainLoop:
@@ -218,13 +215,13 @@ def row_of(data, path, net, seconds, settings, width=1, **more):
     } | more
 
 
-ALL_PATHS = ("plain-0", "plain-4", "eager", "captured", "captured-3", "fused", "fused-125", "fused-3")
+ALL_PATHS = ("plain-0", "plain-4", "eager", "captured", "captured-3", "fused", "fused-125", "fused-250", "fused-3")
 KEY = ["device", "path", "net", "batch_size", "width", "train_images"]
 
 
-def run_seconds(net, data, fused, track):
+def run_seconds(net, data, settings, fused, track):
     """Seconds of a 20-epoch run that is not the first of its net, from the call of `train` to its last test."""
-    settings = settings_of(net, seed=1)
+    settings = replace(settings, seed=1)
     made = utils.build(net, settings)
     start = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
@@ -245,10 +242,10 @@ def bench(data, epochs):
     fast_paths = {"eager": {"fused": False, "capture": False}}
     if device.type == "cuda":
         fast_paths |= {"captured": {"fused": False}, "captured-3": {"fused": False, "at_once": 3}}
-        fast_paths |= {"fused": {"fused": True}, "fused-125": {"fused": True}, "fused-3": {"fused": True, "at_once": 3}}
+        fast_paths |= {path: {"fused": True} for path in ("fused", *SIZES)} | {"fused-3": {"fused": True, "at_once": 3}}
     rows, medians = [], {}
     for net in NETS:
-        settings = {path: settings_of(net, batch_size=125) if "125" in path else settings_of(net) for path in ALL_PATHS}
+        settings = {path: Settings(batch_size=SIZES.get(path, STANDARD)) for path in ALL_PATHS}
         loops = {
             path: TrainerLoop(net, data, settings[path], images, **options) for path, options in fast_paths.items()
         }
@@ -274,9 +271,9 @@ def bench(data, epochs):
                     "ratio_plain_0": round(medians["plain-0"] / medians[path], 1),
                     "ratio_plain_4": round(medians["plain-4"] / medians[path], 1),
                 }
-                if path in ("captured", "fused"):
-                    measured["run_seconds"] = round(run_seconds(net, data, fused, track=False), 2)
-                    measured["run_tested_seconds"] = round(run_seconds(net, data, fused, track=True), 2)
+                if path in ("captured", "fused", "fused-250"):
+                    for track, name in enumerate(("run_seconds", "run_tested_seconds")):
+                        measured[name] = round(run_seconds(net, data, settings[path], fused, bool(track)), 2)
             rows.append(row_of(data, path, net, seconds[path], settings[path], **measured))
             print(f"{path:10} {net} {medians[path]:8.3f} s an epoch", flush=True)
         records.upsert(BENCH, rows, KEY)  # a net's rows are kept whatever happens to the next one
@@ -287,14 +284,13 @@ def scale(data, epochs):
     """Rows of the step that `train` takes by itself, over batch sizes, widths and training images, one at a time."""
     device = data.images.device
     bandwidth = copy_bandwidth(device)
-    standard = Settings.batch_size
-    cases = [(size, 1, 50_000) for size in (64, 128, 256, standard, 1024, 2048, 4096)]
-    cases += [(standard, width, 50_000) for width in (2, 4)]
-    cases += [(standard, 1, images) for images in (5_000, 10_000, 20_000)]
+    cases = [(size, 1, 50_000) for size in (64, 128, 256, STANDARD, 1024, 2048, 4096)]
+    cases += [(STANDARD, width, 50_000) for width in (2, 4)]
+    cases += [(STANDARD, 1, images) for images in (5_000, 10_000, 20_000)]
     rows = []
     for net, (size, width, images) in itertools.product(("NetA", "NetC"), cases):
         some = replace(data, images=data.images[:images], labels=data.labels[:images])
-        settings = settings_of(net, batch_size=size)
+        settings = Settings(batch_size=size)
         loop = TrainerLoop(net, some, settings, images if device.type == "cuda" else max(size, 4000), width=width)
         seconds = [loop.epoch() for _ in range(epochs)]
         trainer = loop.trainers[0]

@@ -100,7 +100,7 @@ def check_numbers(table, empty=()):
 
 def published_columns(net):
     """Return what all published rows of a net have in common, as texts: its settings and how it is computed."""
-    settings, model = utils.Settings(learning_rate=utils.LEARNING_RATES[net]), getattr(models, net)()
+    settings, model = utils.Settings(), getattr(models, net)()
     columns = {"study": "main", "dataset": "CIFAR-10", "split": "test", "status": "done", "train_images": 50_000}
     columns |= {"validation_accuracy": ""}
     columns |= {"precision": "float16", "step": "fused", "parameters": sum(p.numel() for p in model.parameters())}
@@ -165,7 +165,7 @@ def check_file(path, rows, predictions):
                 raise Refused(f"{net}, seed {seed} ends at another {name} than its row's, {value}")
     check_numbers(table, empty=["test_accuracy"] if path.stem == "history" else [])
     if path.stem == "inside":
-        sizes = {net: (1,) for net in utils.NETS} | {"NetA": (2, 10, 50, 500)}  # images that share their statistics
+        sizes = {net: (1,) for net in utils.NETS} | {"NetA": (2, 10, 50, 250)}  # images that share their statistics
         layers = [name for name in models.CONVOLUTIONS if name.startswith("C")]
         wanted = [(net, str(size), layer) for net in utils.NETS for size in sizes[net] for layer in layers]
         for net, images, layer in differences(map(tuple, table[["net", "images", "layer"]].to_numpy()), wanted):

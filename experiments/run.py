@@ -1,7 +1,7 @@
 """Run what results/runs.csv does not hold yet of the sweeps.
 
     python -m experiments.run                 all of them, in the order in which they need each other
-    python -m experiments.run tune rate       these alone
+    python -m experiments.run recipe rate      these alone
     python -m experiments.run --dry-run       say what is missing and how long it should take
     torchrun --nproc-per-node=2 -m experiments.run    the same by two processes, each on its own GPU
 
@@ -164,7 +164,7 @@ def main(arguments=None):
         records.check_writable(RUNS)  # before hours of training
         records.code_commit()
         data, one = data_of("CIFAR-10", "test"), Experiment()
-        records.check_writable(RUNS, utils.settings_columns(one.net, one.build(), data, one, "tune"))
+        records.check_writable(RUNS, utils.settings_columns(one.net, one.build(), data, one, "recipe"))
     except (ValueError, OSError) as error:
         parser.error(str(error))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:

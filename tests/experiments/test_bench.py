@@ -134,7 +134,7 @@ def test_every_path_of_every_net_is_measured(small, monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "load_data", lambda *arguments: small)
     monkeypatch.setattr(bench, "BENCH", tmp_path / "bench.csv")
     monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 1e9)
-    monkeypatch.setattr(bench, "settings_of", lambda net, **changes: SMALL)
+    monkeypatch.setattr(bench, "Settings", lambda **changes: SMALL)
     monkeypatch.setattr(bench, "PlainLoop", PlainLoop)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     bench.main(["--epochs", "1"])

@@ -27,7 +27,7 @@ TINY = Experiment(net="NetC", epochs=1, batch_size=100)
 def tiny(monkeypatch, tmp_path, small):
     """Data that counts as real, and two sweeps of the same three short runs, with their rows in tmp_path."""
     todo = [replace(TINY, seed=seed) for seed in range(3)]
-    monkeypatch.setitem(SWEEPS, "tune", ("validation", lambda rows: todo, None))
+    monkeypatch.setitem(SWEEPS, "recipe", ("validation", lambda rows: todo, None))
     monkeypatch.setitem(SWEEPS, "augment", ("test", lambda rows: todo, None))
     monkeypatch.setattr(run, "RUNS", tmp_path / "results" / "runs.csv")
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
@@ -85,10 +85,10 @@ def test_rows_name_the_variant_and_what_came_out(monkeypatch):
 def test_validation_runs_do_not_touch_the_test_set(tiny, monkeypatch):
     data, todo = tiny
     monkeypatch.setattr(run, "VALIDATION_IMAGES", 100)
-    monkeypatch.setitem(SWEEPS, "tune", ("validation", lambda rows: todo[:1], None))
+    monkeypatch.setitem(SWEEPS, "recipe", ("validation", lambda rows: todo[:1], None))
     seen, score = [], utils.test
     monkeypatch.setattr(utils, "test", lambda net, images, labels: seen.append(images) or score(net, images, labels))
-    run.run_sweep("tune")
+    run.run_sweep("recipe")
     assert seen
     assert all(images.data_ptr() != data.test_images.data_ptr() for images in seen)
     [row] = read_texts(run.RUNS).to_dict("records")
@@ -179,11 +179,11 @@ def test_the_seconds_that_runs_should_take():
     rows = pd.DataFrame([gpu | {"seconds": str(seconds)} for seconds in (9, 90, 18)])  # 900 steps: 0.02 s each
     rows = pd.concat([rows, rows.assign(device="cpu x86", seconds="1000")])
     todo = [replace(TINY, epochs=1, batch_size=100), replace(TINY, epochs=3, batch_size=1000)]
-    assert run.predict_seconds("tune", todo, rows) == pytest.approx(0.02 * (450 + 3 * 45))
+    assert run.predict_seconds("recipe", todo, rows) == pytest.approx(0.02 * (450 + 3 * 45))
     assert run.predict_seconds("augment", todo, rows) == pytest.approx(0.02 * (500 + 3 * 50))
     assert run.predict_seconds("augment", [], rows) == 0
-    assert math.isnan(run.predict_seconds("tune", todo, rows[rows["device"] != "NVIDIA"]))
-    assert math.isnan(run.predict_seconds("tune", todo, pd.DataFrame(columns=["study"])))
+    assert math.isnan(run.predict_seconds("recipe", todo, rows[rows["device"] != "NVIDIA"]))
+    assert math.isnan(run.predict_seconds("recipe", todo, pd.DataFrame(columns=["study"])))
 
 
 def test_dry_run_says_what_is_missing_and_runs_nothing(tiny, monkeypatch, capsys):
@@ -193,21 +193,21 @@ def test_dry_run_says_what_is_missing_and_runs_nothing(tiny, monkeypatch, capsys
     assert len(lines) == len(SWEEPS)
     assert lines[0] == "tune: 3 of 3 runs missing, no GPU run so far to predict from"
     assert "rate-seeds: waits for rate" in lines
-    measured = {"study": "tune", "device": "NVIDIA", "train_images": 500, "seconds": 60}
+    measured = {"study": "recipe", "device": "NVIDIA", "train_images": 500, "seconds": 60}
     rows = [one.columns() | measured for one in tiny[1]]
     records.upsert(run.RUNS, rows[:2])
-    run.main(["tune", "--dry-run"])
+    run.main(["recipe", "--dry-run"])
     assert capsys.readouterr().out == "tune: 1 of 3 runs missing, about 90.0 GPU minutes\n"  # 5 steps took a minute
-    assert missing("tune", read_texts(run.RUNS)) == tiny[1][2:]
+    assert missing("recipe", read_texts(run.RUNS)) == tiny[1][2:]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "there is no GPU here, where all sweeps would take days: name one"),
-        (["rates"], "sweep is 'rates'; choose from tune, augment, captured, fused, search"),
-        (["tune", "--commit", "latest"], "commit is 'latest'; give 7 to 40 hexadecimal digits"),
-        (["tune"], "CIFAR-10 is not in"),
+        (["rates"], "sweep is 'rates'; choose from recipe, augment, captured, fused, search"),
+        (["recipe", "--commit", "latest"], "commit is 'latest'; give 7 to 40 hexadecimal digits"),
+        (["recipe"], "CIFAR-10 is not in"),
     ],
 )
 @pytest.mark.usefixtures("tiny")
@@ -229,7 +229,7 @@ def test_what_can_not_be_run_ends_in_one_line(monkeypatch, capsys, arguments, me
     ],
 )
 def test_a_dry_run_with_a_damaged_file_ends_in_one_line(tiny, capsys, change, message):
-    measured = {"study": "tune", "seconds": 60, "device": "NVIDIA", "train_images": 500}
+    measured = {"study": "recipe", "seconds": 60, "device": "NVIDIA", "train_images": 500}
     records.upsert(run.RUNS, [tiny[1][0].columns() | measured])
     run.RUNS.write_text(change(run.RUNS.read_text()))
     with pytest.raises(SystemExit):
@@ -252,11 +252,11 @@ def test_named_sweeps_run_in_their_order_under_the_named_commit(tiny, monkeypatc
 
 
 def test_a_column_that_new_rows_lack_is_refused_before_training(tiny, monkeypatch, capsys):
-    records.upsert(run.RUNS, [tiny[1][0].columns() | {"study": "tune", "mood": "good"}])
+    records.upsert(run.RUNS, [tiny[1][0].columns() | {"study": "recipe", "mood": "good"}])
     before = run.RUNS.read_bytes()
     monkeypatch.setattr(run, "run_sweep", lambda sweep: pytest.fail("it ran"))
     with pytest.raises(SystemExit):
-        run.main(["tune"])
+        run.main(["recipe"])
     assert "has a column 'mood', which tells rows apart" in capsys.readouterr().err
     assert run.RUNS.read_bytes() == before
 

@@ -1,6 +1,6 @@
 """What the sweeps list: which experiments, on which split, after which others, and what is still missing."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pandas as pd
 import pytest
@@ -47,7 +47,7 @@ def test_each_sweep_lists_each_run_once_and_starts_without_rows(tmp_path):
 
 def test_choices_are_made_on_the_validation_split_alone():
     assert {sweep for sweep, (split, _, _) in SWEEPS.items() if split == "validation"} == {
-        *("tune", "rate", "rate-seeds", "initial", "batch-rate", "long-tune"),
+        *("recipe", "rate", "rate-seeds", "initial", "batch-rate", "long-tune"),
         *("search", "search-seeds", "search-augment", "search-augment-seeds"),
         *(f"{name}-{part}" for name in ("lead", "lead-100", "step", "part") for part in PARTS),
     }
@@ -94,11 +94,11 @@ def test_published_rows_leave_nothing_to_run():
 
 
 def test_rows_from_before_a_column_count_as_finished():
-    rows = rows_of("tune", sweeps.tune(None))
-    assert missing("tune", rows) == []
-    assert missing("tune", rows.drop(columns="initial_weights")) == []
-    assert missing("tune", rows[3:]) == sweeps.tune(None)[:3]
-    assert len(missing("tune", rows.assign(study="augment"))) == len(rows)
+    rows = rows_of("recipe", sweeps.recipe(None))
+    assert missing("recipe", rows) == []
+    assert missing("recipe", rows.drop(columns="initial_weights")) == []
+    assert missing("recipe", rows[3:]) == sweeps.recipe(None)[:3]
+    assert len(missing("recipe", rows.assign(study="augment"))) == len(rows)
 
 
 def test_rows_are_read_as_they_were_written(tmp_path):
@@ -226,10 +226,9 @@ def test_batch_sizes_start_from_the_best_of_their_ends():
 
 def test_experiments_of_a_list_differ_by_seed_net_and_change():
     found = sweeps.experiments(("NetA", "NetC"), 2, [{"epochs": 5}], [{"widths": sweeps.WIDTHS[9_410]}])
-    rates = utils.LEARNING_RATES
-    common = {"epochs": 5, "widths": sweeps.WIDTHS[9_410]}
+    common = {"epochs": 5, "widths": sweeps.WIDTHS[9_410], **sweeps.EARLIER}
     assert found == [
-        Experiment(net=net, learning_rate=rates[net], seed=seed, **common)
+        Experiment(net=net, learning_rate=sweeps.EARLIER_RATES[net], seed=seed, **common)
         for seed in (0, 1)
         for net in ("NetA", "NetC")
     ]
@@ -242,15 +241,18 @@ def test_a_missing_column_never_makes_two_settings_look_alike():
     assert missing("groups", rows.drop(columns="groups")) == experiments
 
 
-def test_what_a_sweep_does_not_vary_is_as_published():
-    for sweep in ("augment", "groups", "layer", "width", "epochs", "flip", "batch"):
+def test_what_a_sweep_does_not_vary_is_as_in_the_earlier_recipe():
+    for sweep in ("groups", "layer", "width", "epochs", "flip", "batch"):
         for one in planned(sweep, None):
             assert (one.optimizer, one.momentum) == ("muon", utils.Settings.momentum)
-            assert one.learning_rate == utils.LEARNING_RATES[one.net]
-            assert one.batch_size == (512 if sweep == "batch" else utils.Settings.batch_size)
-    trials = [(one.net, one.augment) for one in sweeps.tune(None)]
-    assert {trials.count(pair) for pair in trials} == {8}
-    assert len(set(trials)) == 2 * len(utils.NETS)
+            assert one.learning_rate == sweeps.EARLIER_RATES[one.net]
+            assert one.batch_size == (512 if sweep == "batch" else 500)
+
+
+def test_the_recipe_is_changed_for_all_nets_alike():
+    of = {net: [replace(one, net="NetA") for one in sweeps.recipe(None) if one.net == net] for net in utils.NETS}
+    assert of["NetA"] == of["NetB"] == of["NetC"]
+    assert len(of["NetA"]) == 3 * 16
 
 
 def test_published_rows_of_choices_did_not_see_the_test_set():
@@ -261,15 +263,28 @@ def test_published_rows_of_choices_did_not_see_the_test_set():
         assert split == "test" or set(own["test_accuracy"]) <= {""}
 
 
-def test_published_choices_are_the_best_of_equal_trials():
-    """By plain sums: each net's learning rate, and the weight decay with augmentation that is best over the nets."""
-    rates, decays = {}, {}
-    for one in sweeps.read_texts().query("study == 'tune'").itertuples():
-        trials = rates.setdefault(one.net, {}) if one.augment == "none" else decays
-        choice = float(one.learning_rate) if one.augment == "none" else float(one.weight_decay)
-        trials.setdefault(choice, []).append(float(one.validation_accuracy))
-    for net, rate in utils.LEARNING_RATES.items():
-        assert [len(values) for values in rates[net].values()] == [2] * 4
-        assert max(rates[net], key=lambda choice: sum(rates[net][choice])) == rate
-    assert [len(values) for values in decays.values()] == [6] * 4
-    assert max(decays, key=lambda choice: sum(decays[choice])) == sweeps.AUGMENTED_WEIGHT_DECAY
+def test_each_norm_chose_the_published_setting_by_itself():
+    """In the sweep lead at the published batch size, by plain sums over three seeds on held-out images."""
+    settings = {**asdict(utils.Settings()), "dataset": "CIFAR-10"}
+    del settings["seed"], settings["learning_rate"], settings["weight_decay"]
+    rows = sweeps.read_texts()
+    rows = rows[rows["study"].isin([f"lead-{part}" for part in PARTS])]
+    for name, value in settings.items():
+        rows = rows[rows[name] == str(value)]
+    for net in utils.NETS:
+        trials = {}
+        for one in rows[rows["net"] == net].itertuples():
+            trials.setdefault((one.learning_rate, one.weight_decay), []).append(one.validation_accuracy)
+        sums = {choice: sum(map(float, found)) for choice, found in trials.items() if len(found) == 3}
+        best = max(sums, key=sums.get)
+        assert tuple(map(float, best)) == (utils.Settings.learning_rate, utils.Settings.weight_decay)
+
+
+def test_the_published_batch_size_has_the_best_mean_on_held_out_images():
+    rows = sweeps.read_texts()
+    rows = rows[rows["study"].isin([f"lead-{part}" for part in PARTS]) & rows["net"].isin(utils.NETS)]
+    rows = rows[(rows["optimizer"] == "muon") & (rows["augment"] == "none")]
+    keys = ["batch_size", "net", "learning_rate", "weight_decay"]
+    seeds = rows.assign(accuracy=pd.to_numeric(rows["validation_accuracy"])).groupby(keys)["accuracy"]
+    means = seeds.mean()[seeds.size() == 3].groupby(keys[:2]).max().groupby("batch_size").mean()
+    assert means.idxmax() == str(utils.Settings.batch_size)
