@@ -105,8 +105,7 @@ def train(net, data, settings, label="", track=True, fused=None, checkpoint=None
 
     track       test after each epoch
     fused       whether to take the step of engine.kernels, see `engine.trainer.takes_fused_step`
-    checkpoint  file written after the last epoch and before, but not twice within a second; where it exists, training
-                resumes from it, bit for bit
+    checkpoint  file written at most once a second, and at the end; where it exists, training resumes, bit for bit
 
     The history's keys are epoch (from 1), loss (with label smoothing) and train_accuracy (both while training),
     test_accuracy (nan unless `track`), learning_rate (of the last step), seconds (of training alone) and elapsed
@@ -339,9 +338,9 @@ def compare(rows, pairs=(("batch", "layer"), ("batch", "group"), ("group", "laye
             raise ValueError(f"rows to compare differ in {name}: {', '.join(map(str, rows[name].unique()))}")
     lines = []
     for first, second in pairs:
-        one, other = accuracy[first], accuracy[second]
-        line = {"pair": f"{first} minus {second}"} | contrast(one, other)._asdict()
-        lines.append(line | {"n": min(len(one), len(other))})
+        found = contrast(accuracy[first], accuracy[second])._asdict()
+        n = min(len(accuracy[first]), len(accuracy[second]))
+        lines.append({"pair": f"{first} minus {second}", **found, "n": n})
     return pd.DataFrame(lines).set_index("pair").drop(columns="p").round(2)
 
 

@@ -302,8 +302,9 @@ CELLS_100 = [Cell(*pair, dataset="CIFAR-100", seeds=10) for pair in CORNERS]
 PYTORCH_STEP = ("captured", *tuning("part", []))  # without the fused step, which does not know all of their nets
 
 # Sweep: the split that it is scored on, its function, and the sweep whose rows it needs first.
-# results/runs.csv has others, too: main and short, of s8.ipynb; optimizer-h200 and main-h100, repeats on another GPU;
-# batch-size-first, at higher rates; earlier-choice, at settings that more tuning replaced.
+# results/runs.csv has others, too: main and short, of s8.ipynb; main-500, augment-500, short-500 and tune, of the
+# earlier recipe; optimizer-h200 and main-h100, repeats on another GPU; batch-size-first, at higher rates;
+# earlier-choice, at settings that more tuning replaced.
 SWEEPS = {
     "recipe": ("validation", recipe, None),
     "augment": ("test", augment, None),

@@ -248,21 +248,38 @@ def correlations(rows):
     return table.set_index(["runs", "norms"])
 
 
-def tuned(rows, setting="learning_rate", augment="none"):
-    """Mean validation accuracy of each norm at each value of a setting, in the study tune."""
-    runs = select(rows, study="tune", augment=augment)
-    return runs.pivot_table(index="norm", columns=setting, values="validation_accuracy").reindex(NORMS)
+def tuned(rows):
+    """Each norm's best mean of three seeds on held-out images under Muon, by batch size, and where it was reached."""
+    runs = select(rows, study=[f"lead-{part}" for part in ("rate", "decay", "seeds", "edges")], norm=NORMS)
+    runs = select(runs, optimizer="muon", augment="none")
+    keys = ["batch_size", "norm", "learning_rate", "weight_decay"]
+    best = validation_means(runs.groupby(keys).filter(lambda seeds: len(seeds) == 3), keys).groupby(keys[:2])
+    table = best.max().unstack()[list(NORMS)]
+    table["mean"] = table.mean(axis=1)
+    for norm, settings in best.idxmax().unstack()[list(NORMS)].items():
+        table[f"{norm}: rate, decay"] = [f"{rate:g}, {decay:g}" for *_, rate, decay in settings]
+    return table
+
+
+def recipe_changes(rows):
+    """Mean validation accuracy by norm and over norms, with the published settings changed one at a time, n = 3."""
+    settings = ["augment", *RECIPE[1:]]
+    runs = select(rows, study="recipe")
+    table = runs.pivot_table("validation_accuracy", [name for name in settings if runs[name].nunique() > 1], "norm")
+    table = table[list(NORMS)].rename_axis(index=lambda name: name.replace("_", " "))
+    return table.assign(mean=table.mean(axis=1)).sort_values(["augment", "mean"], ascending=[False, False])
 
 
 def fused_step(rows):
-    """Test accuracy by the fused step minus that by PyTorch's kernels, in the published recipes, n seeds of each.
+    """Test accuracy by the fused step minus that by PyTorch's kernels, in the earlier recipes, n seeds of each.
 
     The last line is the mean of the lines above, each a stratum of its own.
     """
     pairs = {}
     for augment, title in {"none": "no augmentation", "flip+crop": "flip and crop"}.items():
         of, captured = (
-            samples(select(rows, study=studies, augment=augment)) for studies in ((*STUDIES, "fused"), "captured")
+            samples(select(rows, study=studies, augment=augment))
+            for studies in (("main-500", "augment-500", "fused"), "captured")
         )
         pairs |= {(title, norm): (of[norm], captured[norm]) for norm in NORMS}
     weights = [sign / len(pairs) for _ in pairs for sign in (1, -1)]
@@ -316,9 +333,9 @@ def other_images(right, draws=10_000):
 
 
 def both_gpus(rows):
-    """The published runs on two kinds of GPU: how many, and how many have the same test accuracy on both."""
+    """The earlier recipe's runs on two kinds of GPU: how many, and how many have the same test accuracy on both."""
     keys = ["norm", "seed"]
-    here, there = (select(rows, study=study).set_index(keys)["test_accuracy"] for study in ("main", "main-h100"))
+    here, there = (select(rows, study=study).set_index(keys)["test_accuracy"] for study in ("main-500", "main-h100"))
     return pd.DataFrame({"runs": here.groupby("norm").size(), "alike": (here == there).groupby("norm").sum()})
 
 
@@ -808,6 +825,7 @@ PATHS = {  # of results/bench.csv, in the order of the table
     "captured-3": "CUDA graph, 3 runs at once",
     "fused": "fused step",
     "fused-125": "fused step, batch 125",
+    "fused-250": "fused step, batch 250",
     "fused-3": "fused step, 3 runs at once",
 }
 
