@@ -349,7 +349,8 @@ class Trainer:
         for where in {**self.attributes, **found}:
             if found.get(where) not in (self.attributes.get(where), records.COMPUTED):
                 advice = "register a buffer and change it in place"
-                raise ValueError(f"{where[1]} changes in training, which would be lost; {advice}")
+                name = f"net{where[1]}" if where[1][0] == "." else where[1]  # of the net itself
+                raise ValueError(f"{name} changes in training, which would be lost; {advice}")
         self.attributes = None
 
     def means(self):

@@ -455,6 +455,11 @@ def test_a_null_byte_is_named():
         refused(lambda call=call: call("a\0b"), ValueError, r"path is 'a\x00b', with a null byte")
 
 
+def test_a_path_without_a_name_is_refused():
+    for call in (files.read_bytes, save, files.check_writable):
+        refused(lambda call=call: call(""), ValueError, "path is ''; name a file or a folder")
+
+
 def test_equal_tensors_are_saved_as_equal_bytes(tmp_path):
     for name in ("a.pt", "b.pt"):
         files.save_tensors(tmp_path / name, {"weight": torch.arange(4.0), "bias": torch.ones(2)})
@@ -505,7 +510,9 @@ def test_nothing_goes_into_a_git_folder(checkout, monkeypatch, way):
     assert snapshot(checkout) == before
 
 
-@pytest.mark.parametrize(("way", "named"), [(5, "5"), (None, "None"), (b"out", "b'out'"), ("a\0b", r"'a\x00b'")])
+@pytest.mark.parametrize(
+    ("way", "named"), [(5, "5"), (None, "None"), (b"out", "b'out'"), ("", "''"), ("a\0b", r"'a\x00b'")]
+)
 def test_what_is_no_path_is_no_output_folder(way, named):
     refused(lambda: files.output_folder(way), ValueError, f"path is {named}", "can't be the output folder", "choose")
 
