@@ -48,8 +48,8 @@ _commit = None  # see set_commit
 def upsert(path, rows, key=None):
     """Upsert rows (dicts, one dict or a DataFrame) into a CSV file: they replace those there with the same key.
 
-    key  columns that every new row has, by default all but NON_KEY_COLUMNS. An old row without one counts as having ""
-         there. A dict, {column: value}, replaces the old rows that have these values, even by none
+    key  column or columns that every new row has, by default all but NON_KEY_COLUMNS. An old row without one counts as
+         having "" there. A dict, {column: value}, replaces the old rows that have these values, even by none
 
     Values are written as given, so round floats first; None and nan as "". Several processes may write at a time.
     ValueError, which leaves the file, for rows that would not be read as they are given.
@@ -260,7 +260,7 @@ def mixed_settings(rows):
 def read_rows(path, texts=False):
     """Return the rows of a CSV file as a DataFrame, without any when it is absent.
 
-    texts  all values as they are written, "" where there is none
+    texts  all values as they are written, "" where there is none; those of TEXTS are texts in any case
     """
     if (content := read_bytes(path)) is None:
         return pd.DataFrame(columns=["study", "net", "split"])
@@ -326,8 +326,9 @@ def weights_hash(state_dict):
 def fingerprint(net, data, settings, track, precision=None):
     """Return, as numbers and texts, what must be the same for a run to be the same; `net` is not yet trained.
 
-    It can't see functions, globals and objects outside the net's classes (lists among them), what a hook does, and
-    what is swapped at run time. ValueError for a buffer that a checkpoint would not hold.
+    It can't see functions, globals and objects outside the net's classes (lists among them), what a hook does, what is
+    swapped at run time, and a tensor attribute that is set after the net was first trained. ValueError for a buffer
+    that a checkpoint would not hold.
     """
     device, weights = data.images.device, net.state_dict()
     for name in (name for name, _ in net.named_buffers() if name not in weights):
@@ -359,8 +360,8 @@ def attributes(net, original=None, deep=False):
     deep      describe lists, dicts, sets, deques and other objects by their contents, too
 
     Left out are None and tensors that were None or absent in the first call for this net or its original, since they
-    may be what it keeps of a batch: a tensor that is set after a net was first trained tells no run apart. A tensor
-    that is computed from parameters is COMPUTED, or left out unless `deep`. Of buffers `deep` tells which there are.
+    may be what it keeps of a batch. A tensor that is computed from parameters is COMPUTED, or left out unless `deep`.
+    Of buffers `deep` tells which there are.
     """
     found, originals = {}, dict(original.named_modules()) if original else {}
     seen = {id(one): one for one in (*net.modules(), *net.parameters())}  # which is seen by itself

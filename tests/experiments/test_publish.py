@@ -569,7 +569,7 @@ def test_predictions_that_are_not_the_rows_are_refused(finished, changes, messag
 
 def test_predictions_that_are_no_archive_are_refused(finished):
     (finished[0] / "results" / "predictions.npz").write_bytes(b"none")
-    refuse(finished, "predictions.npz is no whole file of predictions; delete it")
+    refuse(finished, "predictions.npz is no whole file of predictions; delete this folder's results")
 
 
 def test_weights_are_said_not_to_be_scored_where_there_is_no_data(finished, capsys):
@@ -619,7 +619,7 @@ def test_swapped_weights_are_refused(finished, real, monkeypatch):
     predict(folder, **arrays | {"data": np.array("0123456789abcdef")})
     refuse(finished, "predictions.npz: it is of other images than CIFAR-10's test images")
     predict(folder, **arrays)
-    forged = mistakes[:-1] + [mistakes[-1].rpartition(",")[0] + ",0.0001"]
+    forged = [*mistakes[:-1], mistakes[-1].rpartition(",")[0] + ",0.0001"]
     write(folder, "mistakes", "net,index,true,predicted,confidence", *forged)
     refuse(finished, r"NetC.pt: image \d+ has the confidence 0.\d+, results/mistakes.csv says 0.0001")
     write(folder, "mistakes", "net,index,true,predicted,confidence", *mistakes)
