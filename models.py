@@ -79,7 +79,7 @@ class Net(nn.Sequential):
     """
 
     def __init__(self, norm, groups=4, widths=WIDTHS, classes=10, in_channels=3):
-        check(norm, groups, widths, classes, in_channels)
+        groups, classes, in_channels, *widths = check(norm, groups, widths, classes, in_channels)
         inputs = dict(zip(CONVOLUTIONS, (in_channels, *widths[:-1]), strict=True))
         outputs = dict(zip(CONVOLUTIONS, widths, strict=True))
         layers = OrderedDict()
@@ -97,7 +97,7 @@ class Net(nn.Sequential):
                 parts = OrderedDict(conv=conv, norm=NORMS[norm](outputs[name], groups), activation=nn.SiLU())
                 layers[name] = nn.Sequential(parts)
         super().__init__(layers)
-        self.norm, self.groups, self.widths = norm, int(groups), tuple(map(int, widths))
+        self.norm, self.groups, self.widths = norm, groups, tuple(widths)
 
     def forward(self, x):
         return super().forward(x).flatten(1)
@@ -165,15 +165,16 @@ def choose(name, value, choices):
 
 
 def check(norm, groups, widths, classes, in_channels):
-    """Raise ValueError, in one line, for arguments that `Net` can't be built from."""
+    """Return groups, classes, in_channels and each width as an int; ValueError where `Net` can't be built from them."""
     choose("norm", norm, NORMS)
     if not isinstance(widths, tuple | list) or len(widths) != len(CONVOLUTIONS):
         raise ValueError(f"widths is {show(widths)}; give {len(CONVOLUTIONS)}, one each for {' '.join(CONVOLUTIONS)}")
-    counts = dict(zip(CONVOLUTIONS, widths, strict=True), groups=groups, classes=classes, in_channels=in_channels)
-    for name, count in counts.items():
-        whole_number(name, count)
-    normed = [width for name, width in counts.items() if name.startswith("C")]
+    counts = {"groups": groups, "classes": classes, "in_channels": in_channels}
+    counts |= dict(zip(CONVOLUTIONS, widths, strict=True))
+    counts = {name: whole_number(name, count) for name, count in counts.items()}
+    normed, groups = [width for name, width in counts.items() if name.startswith("C")], counts["groups"]
     if norm == "group" and any(width % groups for width in normed):
         choices = [str(n) for n in range(1, min(normed) + 1) if not any(width % n for width in normed)]
         problem = f"groups is {groups}, which does not divide each of the widths {normed}"
         raise ValueError(f"{problem}; choose one of {', '.join(choices)}")
+    return counts.values()

@@ -117,6 +117,8 @@ def train(net, data, settings, label="", track=True, fused=None, checkpoint=None
     """
     started = time.perf_counter()
     check_kind(net)
+    if not isinstance(settings, Settings):
+        raise TypeError(f"settings is {show(settings)}; give Settings()")
     device = data.images.device
     if device.type == "cpu":
         fast.keep_memory()
@@ -220,6 +222,7 @@ def run(name, data, settings, study="main", track=True, checkpoints=None):
     records.code_commit()  # of the code that runs, whatever is edited while it does
     net = build(name, settings, classes=len(data.classes))
     if checkpoints:
+        files.check_path(checkpoints)
         records.check_folder(Path(checkpoints).parent, settings_columns(name, net, data, settings, study), data)
     label = f"{name} {net.norm} norm, seed {settings.seed}" + (f" [{data.name}]" if data.synthetic else "")
     checkpoint = checkpoints and Path(checkpoints) / f"{name}-{settings.seed}.pt"

@@ -92,10 +92,13 @@ def load_data(device, source="auto", root="data"):
 
     source  "cifar10", "cifar100", "synthetic", or "auto": CIFAR-10 if it is in `root` or can be fetched, else synthetic
 
-    Raises ValueError for another source, and OSError, in one line, for a data set that is absent and can't be fetched,
-    a file that can't be read, and one damaged or missing beside others that can't be fetched anew.
+    Raises ValueError for another source, TypeError for a root that is no path, and OSError, in one line, for a data set
+    that is absent and can't be fetched, a file that can't be read, and one damaged or missing beside others that can't
+    be fetched anew.
     """
     models.choose("data source", source, SOURCES)
+    if not isinstance(root, str | Path):
+        raise TypeError(f"root is {models.show(root)}; give a str or a Path")
     if source == "synthetic":
         print("As asked for, training on synthetic data. These are not results.")
         return synthetic_data(device)

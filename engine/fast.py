@@ -95,18 +95,18 @@ class AvgPool2x2(nn.Module):
         return blocks.mean((2, 4)).permute(0, 3, 1, 2)
 
 
-class ChannelsLastGroupNorm(nn.Module):
-    """Compute nn.GroupNorm with its float32 parameters, for activations (N, C, H, W) in channels last.
+class ChannelsLastGroupNorm(nn.GroupNorm):
+    """An nn.GroupNorm with all that another one has, for activations (N, C, H, W) in channels last.
 
     PyTorch's own copies to channels first and back on CUDA; on CPUs its backward pass is slow.
     """
 
     def __init__(self, norm):
-        super().__init__()
-        self.norm = norm
+        nn.Module.__init__(self)
+        vars(self).update(vars(norm))  # the float32 parameters, too
 
     def forward(self, x):
-        weight, bias, groups, eps = self.norm.weight, self.norm.bias, self.norm.num_groups, self.norm.eps
+        weight, bias, groups, eps = self.weight, self.bias, self.num_groups, self.eps
         if groups > 1:
             return GroupNormFunction.apply(x, weight, bias, groups, eps)
         # With one group an image's values lie in one row, for which PyTorch's layer norm is fast.

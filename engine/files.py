@@ -121,9 +121,14 @@ def signals_deferred():
 
 
 def check_path(path):
-    """Raise TypeError unless `path` is a str or a Path, which a number is not: it would be a file descriptor."""
+    """Raise TypeError unless `path` is a str or a Path, which a number is not: it would be a file descriptor.
+
+    ValueError for one that no file can have.
+    """
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"path is {path!r}; give a str or a Path")
+    if not str(path):
+        raise ValueError("path is ''; name a file or a folder")
     if "\0" in str(path):
         raise ValueError(f"path is {str(path)!r}, with a null byte; give another")
 

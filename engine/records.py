@@ -34,12 +34,12 @@ HISTORY = ("epoch", "loss", "train_accuracy", "test_accuracy", "learning_rate", 
 # The columns of results/runs.csv that a run measures or notes; all others are its settings and tell rows apart.
 NON_KEY_COLUMNS = {"parameters", "train_accuracy", "test_accuracy", "validation_accuracy", "test_loss", "seconds"}
 NON_KEY_COLUMNS |= {"device", "torch", "commit", "status", "precision", "step"}
-NAMES = ("study", "dataset")  # columns whose values are names: a study "1.10" is not "1.1"
+# Columns whose values are texts, whatever they look like: a study "1.10" is not "1.1", and 1234e56 is a commit.
+TEXTS = ("study", "dataset", "net", "norm", "commit")
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")  # of a module
 OF_ALL_MODULES = set(vars(torch.nn.Module()))
 PLAIN = bool | int | float | complex | str | bytes | torch.dtype | slice | types.NoneType
 ARRAYS = torch.Tensor | np.ndarray | np.generic
-FUNCTIONS = types.FunctionType | types.MethodType | types.BuiltinFunctionType | functools.partial
 COMPUTED = "computed"
 _at_first = weakref.WeakKeyDictionary()  # the names of each module's attributes, see `attributes`
 _commit = None  # see set_commit
@@ -48,12 +48,16 @@ _commit = None  # see set_commit
 def upsert(path, rows, key=None):
     """Upsert rows (dicts, one dict or a DataFrame) into a CSV file: they replace those there with the same key.
 
-    key  columns that every new row has, by default all but NON_KEY_COLUMNS. An old row without one counts as having ""
-         there. A dict, {column: value}, replaces the old rows that have these values, even by none
+    key  column or columns that every new row has, by default all but NON_KEY_COLUMNS. An old row without one counts as
+         having "" there. A dict, {column: value}, replaces the old rows that have these values, even by none
 
     Values are written as given, so round floats first; None and nan as "". Several processes may write at a time.
+    ValueError, which leaves the file, for rows that would not be read as they are given.
     """
+    key = [key] if isinstance(key, str) else key
     if isinstance(rows, pd.DataFrame):  # not to_dict: it makes 0.5899999737739563 of float32 0.59
+        for name in rows.columns[rows.columns.duplicated()]:
+            raise ValueError(f"{path}: new rows have two columns {name!r}; give each once")
         columns = [rows[name].to_numpy() for name in rows]
         rows = [dict(zip(rows, row, strict=True)) for row in zip(*columns, strict=True)]
     rows = [rows] if isinstance(rows, dict) else rows
@@ -71,22 +75,29 @@ def upsert(path, rows, key=None):
         for name in (name for row in new for name in key if name not in row):
             raise ValueError(f"{path}: a new row has no {name!r}, which tells rows apart; give it a value")
         replaced = {_key_of(row, key) for row in new + named}
-        if unique and len(replaced) < len({tuple(row.items()) for row in new}):
-            raise ValueError(f"{path}: two new rows are of the same run and differ; give each run once")
+        if unique and len(replaced) < len(new):
+            raise ValueError(f"{path}: two new rows are of the same run; give each run once")
         kept = [row for row in old if _key_of(row, key) not in replaced]
         with open(temporary, "w", newline="", encoding="utf-8") as file:
             table = [columns, *([row.get(name, "") for name in columns] for row in kept + new)]
             csv.writer(file, lineterminator="\n").writerows(table)
-        _table(path, read_bytes(temporary))
+        found = itertools.chain(*_table(path, read_bytes(temporary)))
+        for field, there in zip(itertools.chain(*table), found, strict=True):
+            if field != there:
+                raise ValueError(f"{path}: {field!r} would be read as {there!r}; give a text without line ends")
 
 
 def _text(value):
-    value = value.numpy(force=True)[()] if isinstance(value, torch.Tensor) else value
+    if isinstance(value, torch.Tensor):
+        value = (value.float() if value.dtype == torch.bfloat16 else value).numpy(force=True)
+    value = value[()] if isinstance(value, np.ndarray) else value
+    if isinstance(value, np.ndarray | list | tuple | set | dict):
+        raise ValueError(f"a row's value is {' '.join(repr(value).split())[:90]}; give a number or a text")
     return "" if pd.api.types.is_scalar(value) and pd.isna(value) else str(value)
 
 
 def _key_of(row, key):
-    return tuple(row.get(name, "") if name in NAMES else _number(row.get(name, "")) for name in key)
+    return tuple(row.get(name, "") if name in TEXTS else _number(row.get(name, "")) for name in key)
 
 
 @functools.lru_cache(2**16)
@@ -138,7 +149,7 @@ def read_predictions(path, labels=None, data=None):
         images, other = len(found["labels"]), labels is not None and not np.array_equal(found["labels"], labels)
         there = str(found.get("data", data))  # files of earlier versions lack it
     except Exception:  # of many kinds
-        raise ValueError(f"{path} is no whole file of predictions; delete it") from None
+        raise ValueError(f"{path} is no whole file of predictions; delete this folder's results") from None
     if other:
         raise ValueError(f"{path} holds predictions for {images} images with other labels; name another folder")
     if data is not None and there != data:
@@ -249,12 +260,12 @@ def mixed_settings(rows):
 def read_rows(path, texts=False):
     """Return the rows of a CSV file as a DataFrame, without any when it is absent.
 
-    texts  all values as they are written, "" where there is none
+    texts  all values as they are written, "" where there is none; those of TEXTS are texts in any case
     """
     if (content := read_bytes(path)) is None:
         return pd.DataFrame(columns=["study", "net", "split"])
     _table(path, content)
-    dtype, missing = (str, []) if texts else ({"commit": str}, [""])  # 1234e56 is a commit, and None may be a name
+    dtype, missing = (str, []) if texts else (dict.fromkeys(TEXTS, str), [""])  # None may be a name
     return pd.read_csv(io.BytesIO(content), dtype=dtype, keep_default_na=False, na_values=missing)
 
 
@@ -315,8 +326,9 @@ def weights_hash(state_dict):
 def fingerprint(net, data, settings, track, precision=None):
     """Return, as numbers and texts, what must be the same for a run to be the same; `net` is not yet trained.
 
-    It can't see functions, globals and objects outside the net's classes (lists among them), what a hook does, and
-    what is swapped at run time. ValueError for a buffer that a checkpoint would not hold.
+    It can't see functions, globals and objects outside the net's classes (lists among them), what a hook does, what is
+    swapped at run time, and a tensor attribute that is set after the net was first trained. ValueError for a buffer
+    that a checkpoint would not hold.
     """
     device, weights = data.images.device, net.state_dict()
     for name in (name for name, _ in net.named_buffers() if name not in weights):
@@ -349,45 +361,56 @@ def attributes(net, original=None, deep=False):
 
     Left out are None and tensors that were None or absent in the first call for this net or its original, since they
     may be what it keeps of a batch. A tensor that is computed from parameters is COMPUTED, or left out unless `deep`.
+    Of buffers `deep` tells which there are.
     """
     found, originals = {}, dict(original.named_modules()) if original else {}
-    own_modules = {id(module) for module in net.modules()}  # whose state is seen by itself
+    seen = {id(one): one for one in (*net.modules(), *net.parameters())}  # which is seen by itself
     for path, module in net.named_modules():
         own = {name: value for name, value in vars(module).items() if name not in OF_ALL_MODULES and value is not None}
         at_first = _at_first.setdefault(originals.get(path, module), set(own))
         for name, value in sorted(own.items()):
-            if isinstance(value, torch.Tensor) and (name not in at_first or value.requires_grad):
+            if isinstance(value, torch.Tensor) and (name not in at_first or not value.is_leaf or id(value) in seen):
                 if deep and name in at_first:
-                    found[f"{path or 'net'}.{name}"] = COMPUTED
+                    found[f"{path}.{name}"] = COMPUTED
             elif deep or isinstance(value, PLAIN | ARRAYS | tuple):
-                found[f"{path or 'net'}.{name}"] = repr(_contents(value, {*own_modules}) if deep else _described(value))
+                found[f"{path}.{name}"] = repr(_contents(value, {**seen}) if deep else _described(value))
         for name in HOOKS:
             if hooks := getattr(module, name):
-                found[f"{path or 'net'}.{name}"] = f"{len(hooks)} hooks"
+                found[f"{path}.{name}"] = f"{len(hooks)} hooks"
+        for name, buffer in module._buffers.items():
+            if deep and buffer is not None:
+                found[f"{path}.{name}"] = "a buffer"  # one that only training makes is in no checkpoint
     return found
 
 
 def _contents(value, seen):
-    """Return what `_described` does, of containers and objects with all that is in them but parameters."""
-    if isinstance(value, torch.Tensor) and value.requires_grad:
+    """Return what `_described` does, of containers and objects with all that is in them but what is computed.
+
+    seen  objects by their id, which keeps them: the id of one that is gone may be another's
+    """
+    if isinstance(value, torch.Tensor) and not value.is_leaf:
         return None
-    if isinstance(value, PLAIN | ARRAYS | FUNCTIONS | type):
-        return _described(value)
     if id(value) in seen:
         return "seen"
-    seen.add(id(value))
-    if isinstance(value, collections.abc.Mapping):
+    if isinstance(value, PLAIN | ARRAYS | type | types.FunctionType | types.ModuleType):
+        return _described(value)
+    seen[id(value)] = value
+    if type(value) is dict:
         return [(_contents(key, seen), _contents(item, seen)) for key, item in value.items()]
-    if isinstance(value, tuple | list | collections.deque):
+    if type(value) in (tuple, list):
         return [_contents(item, seen) for item in value]
     if isinstance(value, collections.abc.Set):
         return sorted(repr(_contents(item, seen)) for item in value)
-    slots = [name for cls in type(value).__mro__ for name in vars(cls).get("__slots__", ()) if hasattr(value, name)]
-    own = getattr(value, "__dict__", {}) | {name: getattr(value, name) for name in slots if name[:2] != "__"}
+    own = dict(getattr(value, "__dict__", {}))
     if isinstance(value, torch.nn.Module):  # one that is not registered
         left_out = OF_ALL_MODULES - {"_buffers", "_parameters", "_modules"}  # such as whether it trains
-        own = {name: item for name, item in own.items() if name not in left_out}
-    return type(value).__qualname__, [(name, _contents(item, seen)) for name, item in own.items()]
+        return type(value).__qualname__, _contents({name: own[name] for name in own if name not in left_out}, seen)
+    try:  # what copy and pickle take for its state: of slots, arrays, methods, subclasses of containers and others
+        parts = value.__reduce_ex__(4)
+    except Exception:  # of many kinds
+        parts = None if own else repr(value)
+    parts = [list(part) if isinstance(part, collections.abc.Iterator) else part for part in parts or ()]
+    return type(value).__qualname__, _contents([own, parts], seen)
 
 
 def _code(module):
@@ -450,11 +473,9 @@ def read_checkpoint(path, fingerprint, steps_per_epoch, like):
     like  a state of the same run at any step: the saved one must have its keys, shapes and types
 
     The net may hold the initial weights or the saved ones; the fingerprint that is returned is of the initial ones.
-    ValueError, which leaves the file, when it is another run's or damaged; TypeError when `path` is no path.
+    ValueError, which leaves the file, when it is another run's or damaged; what `check_path` raises for `path`.
     """
     check_path(path)
-    if not str(path):
-        raise ValueError("checkpoint is ''; name a file")
     advice = "delete it to start anew, or name another file"
     try:
         if (content := read_bytes(path)) is None:
@@ -527,20 +548,33 @@ def _check_form(value, like, name):
 
 @contextlib.contextmanager
 def restored_on_error(net):
-    """Put the net's weights, gradients and attributes back when anything is raised inside, KeyboardInterrupt too."""
+    """Put the net's weights, gradients and attributes back when anything is raised inside, KeyboardInterrupt too.
+
+    ValueError for what `state_dict` has beside plain tensors, since it could be neither put back nor saved.
+    """
+    for name, value in net.state_dict().items():
+        plain = isinstance(value, torch.Tensor) and value.layout == torch.strided
+        plain = plain and not (value.is_conj() or value.is_neg())
+        # A stride of 0 is that of an expanded tensor.
+        if not plain or any(size > 1 and step == 0 for size, step in zip(value.shape, value.stride(), strict=True)):
+            raise ValueError(f"the net's {name} is no plain tensor, as a checkpoint holds; train without a checkpoint")
     before = {name: value.clone() for name, value in net.state_dict().items()}
     gradients = [(parameter, parameter.grad) for parameter in net.parameters()]
-    attributes = [(vars(module), dict(vars(module))) for module in net.modules()]  # training, too
+    attributes = [  # training, too; and which buffers there are
+        (own, dict(own)) for module in net.modules() for own in (vars(module), module._buffers)
+    ]
     try:
         yield
     except BaseException:
         for device in {value.device for value in net.state_dict().values() if value.is_cuda}:
             torch.cuda.synchronize(device)  # enqueued steps would write after us
+        for own, saved in attributes:
+            own.update(saved)
+            for name in own.keys() - saved:
+                del own[name]
         net.load_state_dict(before)
         for parameter, gradient in gradients:
             parameter.grad = gradient
-        for own, saved in attributes:
-            own.update(saved)
         raise
 
 

@@ -145,7 +145,8 @@ class Trainer:
     stream   number of the CUDA stream: nets that train at the same time need one each
     TypeError for another kind of net, or of c11; ValueError when a batch is larger than the training split, the net has
     fewer classes than the data, or a parameter is frozen, not float32 or has a hook, or, at the end of an epoch, when
-    an attribute that is no buffer has changed, see CONTRIBUTING.md. Nets with random layers do not resume bit for bit.
+    an attribute has changed, or which buffers there are, see CONTRIBUTING.md. Nets with random layers do not resume bit
+    for bit.
     """
 
     def __init__(self, net, data, settings, fused=None, capture=True, stream=0):
@@ -349,7 +350,8 @@ class Trainer:
         for where in {**self.attributes, **found}:
             if found.get(where) not in (self.attributes.get(where), records.COMPUTED):
                 advice = "register a buffer and change it in place"
-                raise ValueError(f"{where[1]} changes in training, which would be lost; {advice}")
+                name = f"net{where[1]}" if where[1][0] == "." else where[1]  # of the net itself
+                raise ValueError(f"{name} changes in training, which would be lost; {advice}")
         self.attributes = None
 
     def means(self):

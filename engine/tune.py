@@ -118,11 +118,17 @@ def tune(images, labels, norm="group"):
         print(f'    "{name}": ({", ".join("Tile" + str(tuple(tile)) for tile in best)}),', flush=True)
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--tiles", action="store_true", help="measure TILES anew")
     parser.add_argument("--batch-size", type=int, default=500)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    try:
+        models.whole_number("batch-size", options.batch_size, 1, IMAGES)
+    except ValueError as error:
+        parser.error(str(error))
+    if not torch.cuda.is_available():
+        parser.error("there is no CUDA GPU to time the step on")
     device = torch.device("cuda")
     images = torch.randint(256, (IMAGES, 32, 32, 3), dtype=torch.uint8, device=device)
     labels = torch.randint(10, (IMAGES,), device=device)

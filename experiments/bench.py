@@ -338,8 +338,9 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     start = time.perf_counter()
     try:
+        models.whole_number("epochs", options.epochs)
         data = load_data(utils.pick_device(), "cifar10", ROOT / "data")
-    except OSError as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     synchronize(data.images.device)
     if data.images.device.type == "cpu":

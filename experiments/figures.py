@@ -4,6 +4,7 @@ python -m experiments.figures    redraw accuracy, lead, chain and cubes.png in i
                                  same.png and cam.png from weights/, the nets of seed 0
 """
 
+import argparse
 import itertools
 
 import matplotlib.pyplot as plt
@@ -396,7 +397,8 @@ def plot_images():
     return {"same": plot_same(scores, data), "cam": plot_cam(nets, scores, data)}
 
 
-def main():
+def main(arguments=None):
+    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args(arguments)
     figures = plot_rows()
     if (ROOT / "data" / "cifar-10-batches-py").is_dir():
         figures |= plot_images()

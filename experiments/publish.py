@@ -45,6 +45,7 @@ TABLES = {  # the columns that their checks need
 HIGHEST = {"train_accuracy": 100, "test_accuracy": 100, "test_loss": 1000, "seconds": 10**6}  # the lowest is 0
 HIGHEST |= {"loss": 1000, "learning_rate": 10, "elapsed": 10**6, "confidence": 1, "spread": 1000}
 WIDTH = 1760  # pixels of a picture
+ROUNDING = 0.001  # by which a loss or a confidence may differ on another device
 NOTEBOOK, ROWS = "s8.ipynb", "results/runs.csv"
 COPIES = [f"img/{norm}.png" for norm in ("batch", "layer", "group")] + [f"weights/{net}.pt" for net in utils.NETS]
 COPIES += [f"results/{name}.csv" for name in TABLES if name != "runs"]
@@ -112,11 +113,11 @@ def check_rows(rows, commit):
     """Return the rows to publish, which name their commit; Refused unless all are there and of one clean commit."""
     rows = rows.assign(commit=rows["commit"].where(rows["commit"] != "unknown", commit or "unknown"))
     for net in dict.fromkeys((*utils.NETS, *rows["net"])):
-        seeds = sorted(map(int, rows["seed"][rows["net"] == net]))
+        seeds = sorted(rows["seed"][rows["net"] == net], key=int)
         if net not in utils.NETS:
             raise Refused(f"a row has net {net!r}; {', '.join(utils.NETS)} are published")
-        if seeds != list(range(SEEDS)):
-            raise Refused(f"{net} has the seeds {seeds}; 0 to {SEEDS - 1} are published")
+        if seeds != list(map(str, range(SEEDS))):
+            raise Refused(f"{net} has the seeds [{', '.join(seeds)}]; 0 to {SEEDS - 1} are published")
     for net, own in rows.groupby("net"):
         columns = published_columns(net)
         for column, value in columns.items():
@@ -151,6 +152,8 @@ def check_file(path, rows, predictions):
     if path.suffix == ".npz":
         return check_predictions(predictions, rows)
     table = read_table(path, TABLES[path.stem])
+    for name in set(table) - set(TABLES[path.stem]):
+        raise Refused(f"it has a column {name!r}, which is not published")
     if path.stem == "history":
         found = list(zip(table["net"], table["seed"], table["epoch"], strict=True))
         runs = list(zip(rows["net"], rows["seed"], strict=True))
@@ -218,19 +221,30 @@ def check_predictions(predictions, rows):
                 raise Refused(f"{net}, seed {seed} is right for {accuracy}%, its row says {wanted}%")
 
 
-def check_weights(folder, predictions, data):
-    """Refused unless each net's weights predict what its first seed did; ten images may be decided by rounding."""
+def check_weights(folder, predictions, rows, data):
+    """Refused unless each net's weights predict what its first seed did, as confidently and at the same loss.
+
+    Ten images may be decided by rounding.
+    """
     with naming(folder / PREDICTIONS):
         if predictions["labels"].tolist() != data.test_labels.tolist():
             raise Refused("its labels are not those of CIFAR-10's test images")
         if predictions["data"] != records.test_hash(data):
             raise Refused("it is of other images than CIFAR-10's test images")
+    mistakes = read_texts(folder / "results" / "mistakes.csv")
     for net in utils.NETS:
         with naming(folder / "weights" / f"{net}.pt") as path:
             scores = utils.test(load(path).to(data.images.device), data.test_images, data.test_labels)
             count = (scores.predictions.numpy() != predictions[net][0]).sum()
             if count > 10:
                 raise Refused(f"it predicts another class than its seed 0 did for {count} of {IMAGES} test images")
+            [loss] = rows["test_loss"][(rows["net"] == net) & (rows["seed"] == "0")]
+            if abs(scores.loss - float(loss)) > ROUNDING:
+                raise Refused(f"its test_loss is {scores.loss:.5f}, its seed 0's row says {loss}")
+            own = mistakes[mistakes["net"] == net]
+            for index, there in zip(own["index"].astype(int), own["confidence"], strict=True):
+                if abs((found := scores.confidences[index].item()) - float(there)) > ROUNDING:
+                    raise Refused(f"image {index} has the confidence {found:.4f}, results/mistakes.csv says {there}")
 
 
 def publish(folder, commit=None, root=ROOT):
@@ -268,7 +282,7 @@ def publish_snapshot(folder, commit, root):
         made = {NOTEBOOK: f"{nbformat.writes(check_notebook(executed))}\n".encode()}
     made[RIGHT] = pd.DataFrame(records.right_rows(predictions)).to_csv(index=False).encode()
     try:
-        check_weights(folder, predictions, load_data(utils.pick_device(), "cifar10", root / "data"))
+        check_weights(folder, predictions, rows, load_data(utils.pick_device(), "cifar10", root / "data"))
     except OSError as error:
         if any((root / "data").glob("cifar-10-*")):
             raise Refused(f"weights can't be scored: {error}") from None
@@ -289,6 +303,8 @@ def main(arguments=None):
     parser.add_argument("--no-run", action="store_true", help="check and copy what is there already")
     parser.add_argument("--commit", help="the commit that ran, where there was no git")
     options = parser.parse_args(arguments)
+    if not str(options.folder).isprintable():
+        parser.error(f"--folder is {str(options.folder)!r}; give a path in one line")
     if not options.no_run:
         commit = records.code_commit()
         if commit == "unknown" or "+" in commit:

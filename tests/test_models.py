@@ -205,7 +205,7 @@ def test_what_no_net_can_be_built_from_is_refused_by_name(arguments, message):
 
 def test_the_ends_of_the_ranges_and_numpy_numbers_are_allowed():
     Net("group", groups=1, widths=[8] * 10, classes=1, in_channels=1)
-    net = Net("group", groups=np.int64(2), widths=tuple(np.full(10, 8)), classes=np.int64(3), in_channels=np.int32(3))
+    net = Net("group", groups=np.array(2), widths=tuple(np.full(10, 8)), classes=np.int64(3), in_channels=np.int32(3))
     assert net(torch.zeros(1, 3, 8, 8)).shape == (1, 3)
     assert str(net.widths) == str((8,) * 10)  # rows and checkpoints hold them as text
 

@@ -668,6 +668,11 @@ def test_synthetic_data_on_request_asks_nobody(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "data").exists()
 
 
+def test_a_root_that_is_no_path_is_refused_in_one_line():
+    with pytest.raises(TypeError, match=r"^root is None; give a str or a Path$"):
+        data.load_data(CPU, "cifar10", None)
+
+
 @pytest.mark.parametrize("name", ["mnist", None, "CIFAR10", 10])
 def test_an_unknown_source_is_refused(name, tmp_path):
     message = f"^data source is {name!r}; choose one of auto, cifar10, cifar100, synthetic$"

@@ -84,8 +84,9 @@ def test_norms_stay_in_float32_and_are_the_nets_own():
     for norm in ("batch", "layer", "group"):
         net = models.Net(norm)
         copied = fast.low_precision_copy(net, torch.bfloat16)
-        shared = copied.C2.norm if norm == "batch" else copied.C2.norm.norm
-        assert shared is net.C2.norm  # with the running averages, in the case of batch norm
+        assert copied.C2.norm.weight is net.C2.norm.weight
+        assert copied.C2.norm.bias is net.C2.norm.bias
+        assert (copied.C2.norm is net.C2.norm) == (norm == "batch")  # with the running averages
         assert net.C2.norm.weight.dtype == torch.float32
         assert copied.C2.conv.weight.dtype == torch.bfloat16
         assert net.C2.conv.weight.dtype == torch.float32
@@ -93,6 +94,20 @@ def test_norms_stay_in_float32_and_are_the_nets_own():
     net = models.NetB()
     net.C2.norm = nn.LayerNorm([32, 32, 32])
     assert fast.low_precision_copy(net, torch.bfloat16).C2.norm.weight.dtype == torch.bfloat16
+
+
+def test_a_forward_may_ask_for_group_norms_and_what_they_have():
+    class Scaled(models.NetC):
+        def forward(self, x):
+            for layer in self.children():
+                for part in layer if isinstance(layer, nn.Sequential) else [layer]:
+                    x = part(x) * (3 + part.eps + part.own if isinstance(part, nn.GroupNorm) else 1)
+            return x.flatten(1)
+
+    net, images = Scaled(), torch.randn(8, 3, 32, 32)
+    for module in net.modules():
+        module.own = 1
+    assert torch.allclose(fast.low_precision_copy(net, torch.float32)(images), net(images), rtol=1e-3, atol=1e-3)
 
 
 def forward_with_relu(net, x):

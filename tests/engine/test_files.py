@@ -415,7 +415,7 @@ def test_what_is_no_file_is_not_replaced(tmp_path, make):
     assert os.path.samestat(path.lstat(), before)
 
 
-@pytest.mark.parametrize("name", ["x" * 300, "file/a.csv", "", "."])
+@pytest.mark.parametrize("name", ["x" * 300, "file/a.csv", "."])
 def test_a_name_that_no_file_can_have_is_refused_in_one_line(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
@@ -453,6 +453,11 @@ def test_what_is_no_path_is_refused_and_no_descriptor_is_closed(path):
 def test_a_null_byte_is_named():
     for call in (files.read_bytes, save, files.check_writable):
         refused(lambda call=call: call("a\0b"), ValueError, r"path is 'a\x00b', with a null byte")
+
+
+def test_a_path_without_a_name_is_refused():
+    for call in (files.read_bytes, save, files.check_writable):
+        refused(lambda call=call: call(""), ValueError, "path is ''; name a file or a folder")
 
 
 def test_equal_tensors_are_saved_as_equal_bytes(tmp_path):
@@ -505,7 +510,9 @@ def test_nothing_goes_into_a_git_folder(checkout, monkeypatch, way):
     assert snapshot(checkout) == before
 
 
-@pytest.mark.parametrize(("way", "named"), [(5, "5"), (None, "None"), (b"out", "b'out'"), ("a\0b", r"'a\x00b'")])
+@pytest.mark.parametrize(
+    ("way", "named"), [(5, "5"), (None, "None"), (b"out", "b'out'"), ("", "''"), ("a\0b", r"'a\x00b'")]
+)
 def test_what_is_no_path_is_no_output_folder(way, named):
     refused(lambda: files.output_folder(way), ValueError, f"path is {named}", "can't be the output folder", "choose")
 

@@ -150,12 +150,14 @@ def test_which_images_were_right_is_read_as_it_was_written(tmp_path):
         records.read_right(path)
 
 
-@pytest.mark.parametrize("column", ["study", "dataset"])
+@pytest.mark.parametrize("column", ["study", "dataset", "net", "norm"])
 def test_names_that_look_like_numbers_are_texts(path, column):
     for name in ("1.1", "1.10", "01", "1"):
-        records.upsert(path.with_name("names.csv"), [{"study": "s", "dataset": "d", "seed": 0, column: name}])
-    found = records.read_rows(path.with_name("names.csv"), texts=True)
-    assert found[column].tolist() == ["1.1", "1.10", "01", "1"]
+        row = {"study": "s", "dataset": "d", "net": "n", "norm": "m", "seed": 0, column: name}
+        records.upsert(path.with_name("names.csv"), [row])
+    for texts in (False, True):
+        found = records.read_rows(path.with_name("names.csv"), texts)
+        assert found[column].tolist() == ["1.1", "1.10", "01", "1"]
 
 
 @pytest.mark.parametrize(("old", "new"), [("3E-05", 3e-5), ("0.10", 0.1), (".1", 0.1), ("+1.", 1), ("-0.0", 0.0)])
@@ -200,12 +202,35 @@ def test_a_file_that_is_no_whole_table_is_refused_and_kept(tmp_path, content, ca
 
 
 @pytest.mark.parametrize(
-    "row", [{"a;b": 1}, {"a,b": 1}, {" a": 1}, {"": 1}, {"a\n": 1}, {"net": " NetA"}, {"net": "NetA\n"}, {0: 1, "0": 2}]
+    "row",
+    [
+        *({"a;b": 1}, {"a,b": 1}, {" a": 1}, {"": 1}, {"a\n": 1}, {0: 1, "0": 2}),
+        *({"net": " NetA"}, {"net": "NetA\n"}, {"study": "\r"}, {"study": "\rmain"}, {"last": "a\r"}),
+    ],
 )
 def test_rows_that_could_not_be_read_again_are_refused(path, row):
     before = path.read_bytes()
     refused(lambda: records.upsert(path, [ROW | row]), ValueError, path)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("value", [np.arange(3), torch.ones(2), [1, "a"], {"a": 1}])
+def test_a_value_that_is_none_alone_is_refused(path, value):
+    before = path.read_bytes()
+    refused(lambda: records.upsert(path, ROW | {"note": value}), ValueError, "a row's value is ", "give a number or a")
+    assert path.read_bytes() == before
+
+
+def test_a_column_that_is_there_twice_is_refused(path):
+    table = pd.DataFrame([["main", "NetA", 0, 1]], columns=["study", "net", "seed", "seed"])
+    refused(
+        lambda: records.upsert(path, table), ValueError, f"{path}: new rows have two columns 'seed'; give each once"
+    )
+
+
+def test_a_key_may_be_one_column(path):
+    records.upsert(path, ROW | {"test_accuracy": torch.tensor(0.5, dtype=torch.bfloat16)}, key="net")
+    assert [row["test_accuracy"] for row in rows_of(path)] == ["0.5"]
 
 
 @pytest.mark.parametrize("value", ["a,b", 'a "b"', "a\nb", "a\r\nb", "ä→", "=1+1", "x" * 200_000, "\0", "#", "'"])
@@ -385,7 +410,7 @@ def test_damaged_predictions_are_refused_and_kept(tmp_path):
             lambda: records.read_predictions(path),
             lambda: records.save_predictions(path, "NetB", [0], LABELS_OF_100[None], LABELS_OF_100, HASH),
         ):
-            refused(call, ValueError, f"{path} is no whole file of predictions; delete it")
+            refused(call, ValueError, f"{path} is no whole file of predictions; delete this folder's results")
         assert path.read_bytes() == content
 
 
@@ -740,6 +765,41 @@ def test_a_buffer_that_a_checkpoint_would_not_hold_is_refused_at_the_start(tmp_p
     trained(None, net, settings=replace(SETTINGS, epochs=1))
 
 
+class Extra(nn.SiLU):
+    def get_extra_state(self):
+        return {"version": 1}
+
+    def set_extra_state(self, state):
+        pass
+
+
+@pytest.mark.parametrize(
+    "value",
+    [torch.eye(3).to_sparse(), torch.ones(1).expand(5), torch.ones(3, dtype=torch.cfloat).conj(), "extra state"],
+    ids=["sparse", "expanded", "conjugate", "extra state"],
+)
+def test_what_is_no_plain_tensor_is_refused_at_the_start(tmp_path, value):
+    net, name = utils.build("NetA", SETTINGS), "C5.activation._extra_state"
+    if isinstance(value, torch.Tensor):
+        net.C5.norm.register_buffer("other", value)
+        name = "C5.norm.other"
+    else:
+        net.C5.activation = Extra()
+    message = f"the net's {name} is no plain tensor, as a checkpoint holds; train without a checkpoint"
+    refused(lambda: trained(tmp_path / "run.pt", net), ValueError, message)
+    assert not list(tmp_path.iterdir())
+
+
+def test_attributes_of_the_net_and_of_a_part_called_net_are_told_apart():
+    found = []
+    for factor in (1, 2):
+        net = utils.build("NetA", SETTINGS)
+        net.net = nn.Identity()
+        net.factor, net.net.factor = factor, 3
+        found.append(records.fingerprint(net, DATA, SETTINGS, True)["net's attributes"])
+    assert found[0] != found[1]
+
+
 def test_a_fingerprint_is_the_same_in_each_process():
     """Whatever the order of sets and the addresses of objects."""
     code = """
@@ -1007,11 +1067,26 @@ def test_a_failed_call_leaves_modes_gradients_and_attributes():
     assert net.C1.activation.kept is None
 
 
+def test_a_failed_call_leaves_which_buffers_and_attributes_there_are():
+    net = utils.build("NetA", SETTINGS)
+    net.C1.norm.register_buffer("mean", None)
+    before = list(net.state_dict())
+    with pytest.raises(KeyboardInterrupt), records.restored_on_error(net):  # noqa: PT012
+        net.C1.norm.mean = torch.ones(1)
+        net.C2.norm.register_buffer("mean", torch.ones(1))
+        net.C2.norm.calls = 1
+        raise KeyboardInterrupt
+    assert list(net.state_dict()) == before
+    assert net.C1.norm.mean is None
+    assert not hasattr(net.C2.norm, "mean")
+    assert not hasattr(net.C2.norm, "calls")
+
+
 def test_what_the_nets_own_gpu_still_computes_is_waited_for(monkeypatch):
     """Not the current GPU's: a net on another one is restored under steps that still write."""
     calls, device = [], torch.device("cuda:1")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: calls.append(device))
-    value = SimpleNamespace(clone=lambda: None, device=device, is_cuda=True)
+    value = torch.zeros(1).as_subclass(type("OnGpu", (torch.Tensor,), {"device": device, "is_cuda": True}))
     net = SimpleNamespace(state_dict=lambda: {"w": value}, load_state_dict=lambda before: calls.append("restored"))
     net.parameters = net.modules = list
     with pytest.raises(KeyboardInterrupt), records.restored_on_error(net):
@@ -1315,9 +1390,10 @@ def test_without_git_the_commit_is_unknown_unless_set(tmp_path, commit_at, monke
         refused(lambda text=text: records.set_commit(text), ValueError, f"commit is {text!r}")
 
 
-def test_two_new_rows_of_one_run_that_differ_are_refused(tmp_path):
-    rows = [{"net": "NetA", "seed": 0, "test_accuracy": accuracy} for accuracy in (86.0, 87.0)]
-    with pytest.raises(ValueError, match="two new rows are of the same run and differ; give each run once"):
+@pytest.mark.parametrize("accuracy", [86.0, 87.0])
+def test_two_new_rows_of_one_run_are_refused(tmp_path, accuracy):
+    rows = [{"net": "NetA", "seed": 0, "test_accuracy": value} for value in (86.0, accuracy)]
+    with pytest.raises(ValueError, match="two new rows are of the same run; give each run once"):
         records.upsert(tmp_path / "runs.csv", rows)
     assert not (tmp_path / "runs.csv").exists()
     records.upsert(tmp_path / "runs.csv", rows[:1])

@@ -1,7 +1,12 @@
 """The training step against the plain loop of PyTorch, its batches and schedule, its state, and how it diverges."""
 
+import array
 import collections
 import copy
+import datetime
+import decimal
+import functools
+import itertools
 import math
 import sys
 import types
@@ -486,6 +491,117 @@ def test_state_inside_an_attribute_is_refused_by_name(small, kind):
     net.C5.norm.state, net.C5.norm.get, net.C5.norm.put = kept_in(kind)
     net.C5.norm.put(torch.zeros(8, 1, 1))
     with pytest.raises(ValueError, match=r"^C5.norm.state changes in training, which would be lost; register a buffer"):
+        run_epoch(Trainer(net, small, SHORT))
+
+
+class OneSlot:
+    __slots__ = "value"
+
+
+class PrivateSlot:
+    __slots__ = ("__value",)
+
+    def add(self):
+        self.__value = getattr(self, "_PrivateSlot__value", 0) + 1
+
+
+class Counter:
+    def __init__(self):
+        self.value = 0
+
+    def add(self):
+        self.value += 1
+
+
+def add(holder):
+    holder.value = getattr(holder, "value", 0) + 1
+
+
+def replace_by_next(norm):
+    norm.state = norm.state + type(norm.state)(1)
+
+
+OBJECTS = {  # state, and how a step changes it
+    "Decimal": (decimal.Decimal(0), replace_by_next),
+    "timedelta": (datetime.timedelta(0), replace_by_next),
+    "range": (range(1), lambda norm: setattr(norm, "state", range(len(norm.state) + 1))),
+    "array": (array.array("f"), lambda norm: norm.state.append(1)),
+    "bytearray": (bytearray(), lambda norm: norm.state.append(1)),
+    "count": (itertools.count(), lambda norm: next(norm.state)),
+    "one slot": (OneSlot(), lambda norm: add(norm.state)),
+    "private slot": (PrivateSlot(), lambda norm: norm.state.add()),
+    "list subclass": (type("List", (list,), {})(), lambda norm: add(norm.state)),
+    "dict subclass": (type("Dict", (dict,), {})(), lambda norm: add(norm.state)),
+    "Counter": (collections.Counter(), lambda norm: norm.state.update("a")),
+    "bound method": (Counter().add, lambda norm: norm.state()),
+    "partial": (functools.partial(list.append, []), lambda norm: norm.state(1)),
+    "leaf": (torch.zeros(1, requires_grad=True), lambda norm: norm.state.data.add_(1)),
+    "Parameter": ([nn.Parameter(torch.zeros(1))], lambda norm: norm.state[0].data.add_(1)),
+}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("kind", OBJECTS)
+def test_state_of_any_object_is_refused_by_name(small, kind, shared):
+    start, change = OBJECTS[kind]
+
+    class Norm(nn.Module):
+        def forward(self, x):
+            change(self)
+            return x
+
+    net = models.NetB(widths=NARROW)
+    net.C5.norm = Norm()
+    net.C5.norm.state = copy.deepcopy(start)
+    if shared:
+        net.C5.norm.register_buffer("steps", torch.zeros(()))
+    trainer = Trainer(net, small, SHORT)
+    with pytest.raises(ValueError, match=r"^C5.norm.state changes in training, which would be lost; register a buffer"):
+        run_epoch(trainer)
+
+
+def test_objects_that_do_not_change_are_kept(small):
+    """Functions, modules and classes, too, and what is trained and seen by itself."""
+    net = models.NetA(widths=NARROW)
+    net.state = [*(start for start, _ in OBJECTS.values()), math.sin, math.sqrt, len, Counter, torch.device("cpu")]
+    net.state += [net.c11.weight, net.C4.norm]
+    run_epoch(Trainer(net, small, SHORT))
+
+
+@pytest.mark.parametrize("register", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_buffer_that_training_makes_is_refused_by_name(small, shared, register):
+    """It is no buffer of the net, or of no checkpoint that was written before."""
+
+    class Norm(nn.Module):
+        def forward(self, x):
+            if getattr(self, "mean", None) is None:
+                self.register_buffer("mean", None)
+                self.mean = x.detach().float().mean((0, 2, 3))
+            return x
+
+    net = models.NetB(widths=NARROW)
+    net.C5.norm = Norm()
+    if not register:
+        net.C5.norm.register_buffer("mean", None)
+    if shared:
+        net.C5.norm.register_buffer("steps", torch.zeros(()))
+    with pytest.raises(ValueError, match=r"^C5.norm.mean changes in training, which would be lost; register a buffer"):
+        run_epoch(Trainer(net, small, SHORT))
+
+
+def test_state_of_the_net_is_not_taken_for_that_of_a_part_called_net(small):
+    class Outer(models.NetB):
+        def forward(self, x):
+            self.calls += 1
+            for name, layer in self.named_children():
+                x = layer(x) if name != "net" else x
+            return x.flatten(1)
+
+    net = Outer(widths=NARROW)
+    net.net = nn.Identity()
+    net.calls, net.net.calls = 0, 5
+    with pytest.raises(ValueError, match=r"^net.calls changes in training, which would be lost; register a buffer"):
         run_epoch(Trainer(net, small, SHORT))
 
 

@@ -124,6 +124,14 @@ def test_unknown_option():
         bench.main(["--nonsense"])
 
 
+@pytest.mark.parametrize("epochs", ["0", "-1"])
+def test_no_epochs_end_in_one_line(monkeypatch, capsys, epochs):
+    monkeypatch.setattr(bench, "load_data", lambda *arguments: pytest.fail("it was measured"))
+    with pytest.raises(SystemExit):
+        bench.main(["--epochs", epochs])
+    assert f"error: epochs is {epochs}; give a whole number from 1" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_every_path_of_every_net_is_measured(small, monkeypatch, tmp_path):
     """On few synthetic images, with no loop that needs CIFAR-10's files and on a CPU."""
 

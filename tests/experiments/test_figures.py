@@ -174,3 +174,9 @@ def test_cam_is_red_where_the_wrong_class_gains(data):
                 assert shown.mean() == pytest.approx(true.mean().item(), abs=0.1 * expected.abs().max().item())
         assert heat.cmap.name == "RdBu_r"
         assert heat.norm.vmin == -heat.norm.vmax
+
+
+def test_an_argument_is_refused(monkeypatch):
+    monkeypatch.setattr(figures, "plot_rows", lambda: pytest.fail("it was drawn"))
+    with pytest.raises(SystemExit):
+        figures.main(["--nonsense"])

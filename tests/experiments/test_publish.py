@@ -213,6 +213,7 @@ def test_a_net_without_rows_is_refused(finished):
             ({"test_accuracy": text}, f"a row has test_accuracy '{text}'; a number from 0 to 100 is published")
             for text in ("", "nan", "inf", "-0.01", "100.01", "most")
         ),
+        ({"seed": "09"}, r"has the seeds \[0, 1, .*, 09\]; 0 to 9 are published"),
         ({"seed": "10"}, "has the seeds .*10.*; 0 to 9 are published"),
         ({"seed": "0"}, r"has the seeds \[0, 0, 1.*; 0 to 9 are published"),
         ({"commit": "1a2b3c4+"}, r"the rows name the commit 1a2b3c4, 1a2b3c4\+; one clean commit is published"),
@@ -281,6 +282,13 @@ def test_a_column_that_is_not_published_is_refused(finished):
     rows = read_texts(finished[0] / "results" / "runs.csv")
     rows.assign(note="").to_csv(finished[0] / "results" / "runs.csv", index=False)
     refuse(finished, "runs.csv: it has a column 'note', which is not published")
+
+
+@pytest.mark.parametrize("table", ["history", "mistakes", "inside"])
+def test_a_column_of_another_table_that_is_not_published_is_refused(finished, table):
+    path = finished[0] / "results" / f"{table}.csv"
+    read_texts(path).assign(note="").to_csv(path, index=False)
+    refuse(finished, f"{table}.csv: it has a column 'note', which is not published")
 
 
 def test_another_learning_rate_than_the_recipes_is_refused(finished):
@@ -561,7 +569,7 @@ def test_predictions_that_are_not_the_rows_are_refused(finished, changes, messag
 
 def test_predictions_that_are_no_archive_are_refused(finished):
     (finished[0] / "results" / "predictions.npz").write_bytes(b"none")
-    refuse(finished, "predictions.npz is no whole file of predictions; delete it")
+    refuse(finished, "predictions.npz is no whole file of predictions; delete this folder's results")
 
 
 def test_weights_are_said_not_to_be_scored_where_there_is_no_data(finished, capsys):
@@ -595,7 +603,8 @@ def test_swapped_weights_are_refused(finished, real, monkeypatch):
         shutil.copy(ROOT / "weights" / f"{net}.pt", folder / "weights")
         scores = utils.test(getattr(hubconf, net)(pretrained=True), few.test_images, few.test_labels)
         arrays[net] = np.tile(scores.predictions.byte().numpy(), (10, 1))
-        rows.loc[rows["net"] == net, "test_accuracy"] = str(round(scores.accuracy, 3))
+        values = str(round(scores.accuracy, 3)), str(round(scores.loss, 5))
+        rows.loc[rows["net"] == net, ["test_accuracy", "test_loss"]] = values
         table = utils.mistakes_table(utils.Run(None, [], scores, {"net": net}), few)
         mistakes += [",".join(map(str, row)) for row in table.to_numpy()]
     predict(folder, **arrays)
@@ -610,6 +619,13 @@ def test_swapped_weights_are_refused(finished, real, monkeypatch):
     predict(folder, **arrays | {"data": np.array("0123456789abcdef")})
     refuse(finished, "predictions.npz: it is of other images than CIFAR-10's test images")
     predict(folder, **arrays)
+    forged = [*mistakes[:-1], mistakes[-1].rpartition(",")[0] + ",0.0001"]
+    write(folder, "mistakes", "net,index,true,predicted,confidence", *forged)
+    refuse(finished, r"NetC.pt: image \d+ has the confidence 0.\d+, results/mistakes.csv says 0.0001")
+    write(folder, "mistakes", "net,index,true,predicted,confidence", *mistakes)
+    rows.assign(test_loss="0.6").to_csv(folder / "results" / "runs.csv", index=False)
+    refuse(finished, r"NetA.pt: its test_loss is \d.\d{5}, its seed 0's row says 0.6")
+    rows.to_csv(folder / "results" / "runs.csv", index=False)
     publish.publish(folder, root=finished[1])
 
 
@@ -929,6 +945,12 @@ def test_the_notebook_is_run_with_the_published_settings(monkeypatch, tmp_path):
     assert (tmp_path / "new").is_dir()
     with pytest.raises(SystemExit, match=r"^not published: [^\n]* can't be the output folder: [^\n]*$"):
         publish.main(["--folder", str(ROOT)])
+
+
+def test_a_folder_of_two_lines_is_refused_in_one(capsys):
+    with pytest.raises(SystemExit):
+        publish.main(["--folder", "a\nb", "--no-run"])
+    assert capsys.readouterr().err.splitlines()[-1].endswith(r"error: --folder is 'a\nb'; give a path in one line")
 
 
 def test_what_is_refused_ends_in_one_line(finished, monkeypatch):

@@ -294,7 +294,7 @@ MUTATIONS = [
     (
         "fewer than ten seeds are not published",
         "experiments/publish.py",
-        "        if seeds != list(range(SEEDS)):\n",
+        "        if seeds != list(map(str, range(SEEDS))):\n",
         "        if False:\n",
         f"{PUBLISH}::test_nine_seeds_are_refused",
     ),
