@@ -290,7 +290,7 @@ def fused_step(rows):
     return table.set_index(pd.MultiIndex.from_tuples(found, names=["runs", "norm"]))
 
 
-def best_recipes(rows, search="search"):
+def random_recipes(rows, search="search"):
     """Each net's best recipe of one of SEARCHES: three seeds on held-out images chose it, n have its test accuracy."""
     lines = []
     for norm in ALL:

@@ -179,7 +179,7 @@ def test_rows_at_other_settings_are_replaced(finished):
     publish.publish(folder, root=root)
     published = read_texts(root / "results" / "runs.csv")
     assert (published["study"] == "main").sum() == 30
-    assert set(published["weight_decay"][published["study"] == "main"]) == {"0.5"}
+    assert set(published["weight_decay"][published["study"] == "main"]) == {"0.167"}
 
 
 def test_nine_seeds_are_refused(finished):

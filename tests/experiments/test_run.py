@@ -191,13 +191,13 @@ def test_dry_run_says_what_is_missing_and_runs_nothing(tiny, monkeypatch, capsys
     run.main(["--dry-run"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(SWEEPS)
-    assert lines[0] == "tune: 3 of 3 runs missing, no GPU run so far to predict from"
+    assert lines[0] == "recipe: 3 of 3 runs missing, no GPU run so far to predict from"
     assert "rate-seeds: waits for rate" in lines
     measured = {"study": "recipe", "device": "NVIDIA", "train_images": 500, "seconds": 60}
     rows = [one.columns() | measured for one in tiny[1]]
     records.upsert(run.RUNS, rows[:2])
     run.main(["recipe", "--dry-run"])
-    assert capsys.readouterr().out == "tune: 1 of 3 runs missing, about 90.0 GPU minutes\n"  # 5 steps took a minute
+    assert capsys.readouterr().out == "recipe: 1 of 3 runs missing, about 90.0 GPU minutes\n"  # 5 steps took a minute
     assert missing("recipe", read_texts(run.RUNS)) == tiny[1][2:]
 
 
