@@ -28,7 +28,7 @@ from experiments import ROOT
 from experiments.sweeps import PYTORCH_STEP, RUNS, SWEEPS, missing, planned, read_texts, waits
 from experiments.variants import Experiment
 
-# Runs share a GPU, so that one computes while another waits for its small kernels: three of the published batch, as
+# Runs share a GPU, so that one computes while another waits for its small kernels: three of 500 images, as
 # bench.py measures, and the more the smaller the batch is. Not measured: where more than 12 stop paying.
 IMAGES_AT_ONCE, AT_ONCE = 1_500, (3, 12)
 VALIDATION_IMAGES = 5_000

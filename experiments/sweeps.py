@@ -20,7 +20,7 @@ from utils import NETS, Settings
 
 RUNS = ROOT / "results" / "runs.csv"
 WITH_CONTROL = (*NETS, "Net")
-# What all sweeps but `recipe` and `augment` depart from: the recipe that was published before.
+# The recipe that was published before, from which the sweeps made by `experiments` depart.
 EARLIER = {"batch_size": 500, "weight_decay": 0.5}
 EARLIER_RATES = {"NetA": 0.06, "NetB": 0.03, "NetC": 0.03, "Net": 0.03}
 EARLIER_AUGMENTED = {"weight_decay": 0.1, "augment": "flip+crop"}
@@ -184,7 +184,7 @@ def batch(rows):
 
 
 def batch_rate(rows):
-    """List learning rates at both ends of the batch sizes, as multiples of the published ones; one seed."""
+    """List learning rates at both ends of the batch sizes, as multiples of the earlier ones; one seed."""
     factors = {32: (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2), 1024: (1 / 2, 1, 2, 4)}
     return [
         one
