@@ -117,8 +117,6 @@ def train(net, data, settings, label="", track=True, fused=None, checkpoint=None
     """
     started = time.perf_counter()
     check_kind(net)
-    if not isinstance(settings, Settings):
-        raise TypeError(f"settings is {show(settings)}; give Settings()")
     device = data.images.device
     if device.type == "cpu":
         fast.keep_memory()

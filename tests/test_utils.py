@@ -432,11 +432,6 @@ def test_a_checkpoint_without_a_name_is_refused(tiny):
     refuses(lambda: trained(tiny, checkpoint=""), "path is ''; name a file or a folder")
 
 
-def test_what_is_no_settings_is_refused_in_one_line(tiny):
-    with pytest.raises(TypeError, match=r"^settings is None; give Settings\(\)$"):
-        utils.train(models.NetA(), tiny, None)
-
-
 def test_a_folder_for_checkpoints_that_is_no_path_is_refused_in_one_line(tiny):
     with pytest.raises(TypeError, match=r"^path is 5; give a str or a Path$"):
         utils.run("NetA", tiny, SHORT, checkpoints=5)

@@ -665,7 +665,7 @@ def test_signals_wait_until_all_files_are_replaced(finished, number, call):
             os.kill(os.getpid(), number)
 
     def publishing():
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL)  # which who runs the tests may have ignored
         os.replace = interrupted
         publish.publish(folder, root=root)
 
