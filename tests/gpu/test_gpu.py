@@ -69,7 +69,7 @@ VARIANTS = [
     {"net": "NetB", "layer_variant": "C"},
     {"net": "NetB", "layer_variant": "[C,H,W]"},
     {"net": "NetC", "groups": "C"},
-    {"net": "NetA", "statistics_batch": 4},
+    {"net": "NetA", "statistics_batch": 5},
     {"net": "NetB", "layer_variant": "RMS"},
     {"net": "NetB", "layer_variant": "tanh"},
     {"net": "Net", "convolution": "standardized"},
