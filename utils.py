@@ -105,7 +105,7 @@ def train(net, data, settings, label="", track=True, fused=None, checkpoint=None
 
     track       test after each epoch
     fused       whether to take the step of engine.kernels, see `engine.trainer.takes_fused_step`
-    checkpoint  file written at most once a second, and at the end; where it exists, training resumes, bit for bit
+    checkpoint  file written first, once a second at most, and at the end; where it exists, training resumes bit for bit
 
     The history's keys are epoch (from 1), loss (with label smoothing) and train_accuracy (both while training),
     test_accuracy (nan unless `track`), learning_rate (of the last step), seconds (of training alone) and elapsed

@@ -43,7 +43,7 @@ def low_precision_copy(net, dtype):
             continue
         if type(module) is nn.BatchNorm2d:
             copied.set_submodule(name, module)
-        elif type(module) is nn.GroupNorm and module.affine and not has_own_code(module):
+        elif type(module) is nn.GroupNorm and module.bias is not None and not has_own_code(module):
             copied.set_submodule(name, ChannelsLastGroupNorm(module))
         elif name and any(True for _ in module.buffers(recurse=False)):
             copied.set_submodule(name, InFloat32(module))
@@ -106,6 +106,8 @@ class ChannelsLastGroupNorm(nn.GroupNorm):
         vars(self).update(vars(norm))  # the float32 parameters, too
 
     def forward(self, x):
+        if x.dim() != 4:
+            return super().forward(x.float()).to(x.dtype)
         weight, bias, groups, eps = self.weight, self.bias, self.num_groups, self.eps
         if groups > 1:
             return GroupNormFunction.apply(x, weight, bias, groups, eps)

@@ -361,12 +361,15 @@ def attributes(net, original=None, deep=False):
 
     Left out are None and tensors that were None or absent in the first call for this net or its original, since they
     may be what it keeps of a batch. A tensor that is computed from parameters is COMPUTED, or left out unless `deep`.
-    Of buffers `deep` tells which there are.
+    Of buffers and parameters `deep` tells which there are.
     """
     found, originals = {}, dict(original.named_modules()) if original else {}
-    seen = {id(one): one for one in (*net.modules(), *net.parameters())}  # which is seen by itself
+    known = [*net.modules(), *net.parameters()]  # which are seen by themselves
+    seen = {id(one): (one, number) for number, one in enumerate(known)}
     for path, module in net.named_modules():
         own = {name: value for name, value in vars(module).items() if name not in OF_ALL_MODULES and value is not None}
+        if type(module).__module__.startswith("torch._dynamo"):  # a compiled module's are addresses
+            own = {}
         at_first = _at_first.setdefault(originals.get(path, module), set(own))
         for name, value in sorted(own.items()):
             if isinstance(value, torch.Tensor) and (name not in at_first or not value.is_leaf or id(value) in seen):
@@ -376,25 +379,27 @@ def attributes(net, original=None, deep=False):
                 found[f"{path}.{name}"] = repr(_contents(value, {**seen}) if deep else _described(value))
         for name in HOOKS:
             if hooks := getattr(module, name):
-                found[f"{path}.{name}"] = f"{len(hooks)} hooks"
-        for name, buffer in module._buffers.items():
-            if deep and buffer is not None:
-                found[f"{path}.{name}"] = "a buffer"  # one that only training makes is in no checkpoint
+                found[f"{path}.{name}"] = (
+                    repr(_contents([*hooks.values()], {**seen})) if deep else f"{len(hooks)} hooks"
+                )
+        for name, tensor in {**module._buffers, **module._parameters}.items():
+            if deep and tensor is not None:
+                found[f"{path}.{name}"] = "a tensor"  # one that only training makes is in no checkpoint
     return found
 
 
 def _contents(value, seen):
     """Return what `_described` does, of containers and objects with all that is in them but what is computed.
 
-    seen  objects by their id, which keeps them: the id of one that is gone may be another's
+    seen  objects by their id, with their numbers; kept, since the id of one that is gone may be another's
     """
     if isinstance(value, torch.Tensor) and not value.is_leaf:
         return None
     if id(value) in seen:
-        return "seen"
+        return "seen", seen[id(value)][1]
     if isinstance(value, PLAIN | ARRAYS | type | types.FunctionType | types.ModuleType):
         return _described(value)
-    seen[id(value)] = value
+    seen[id(value)] = value, len(seen)
     if type(value) is dict:
         return [(_contents(key, seen), _contents(item, seen)) for key, item in value.items()]
     if type(value) in (tuple, list):
@@ -408,9 +413,11 @@ def _contents(value, seen):
     try:  # what copy and pickle take for its state: of slots, arrays, methods, subclasses of containers and others
         parts = value.__reduce_ex__(4)
     except Exception:  # of many kinds
-        parts = None if own else repr(value)
-    parts = [list(part) if isinstance(part, collections.abc.Iterator) else part for part in parts or ()]
-    return type(value).__qualname__, _contents([own, parts], seen)
+        parts = (own,)
+    if isinstance(parts, str):  # the name of what is one of its kind
+        return type(value).__qualname__, parts
+    parts = [list(part) if isinstance(part, collections.abc.Iterator) else part for part in parts]
+    return type(value).__qualname__, _contents(parts, seen)
 
 
 def _code(module):
@@ -560,8 +567,11 @@ def restored_on_error(net):
             raise ValueError(f"the net's {name} is no plain tensor, as a checkpoint holds; train without a checkpoint")
     before = {name: value.clone() for name, value in net.state_dict().items()}
     gradients = [(parameter, parameter.grad) for parameter in net.parameters()]
-    attributes = [  # training, too; and which buffers there are
-        (own, dict(own)) for module in net.modules() for own in (vars(module), module._buffers)
+    attributes = [  # training, too; and which buffers, parameters and modules there are
+        (own, dict(own))
+        for module in net.modules()
+        for own in (vars(module), module._buffers, module._parameters, module._modules)
+        if isinstance(own, dict)  # which those of a scripted module are not
     ]
     try:
         yield

@@ -244,6 +244,8 @@ class Trainer:
             loss, accuracy = self.loss(images, labels)
             (LOSS_SCALE * loss).backward()
         gradients = [low.grad for low in self.model.parameters()]
+        if len(gradients) > len([*self.net.parameters()]):
+            raise ValueError("training makes a parameter; make all of them before")
         for (name, _), gradient in zip(self.net.named_parameters(), gradients, strict=True):
             if gradient is None:
                 raise ValueError(f"{name} gets no gradient; give a net that uses all its parameters")
@@ -352,6 +354,9 @@ class Trainer:
                 advice = "register a buffer and change it in place"
                 name = f"net{where[1]}" if where[1][0] == "." else where[1]  # of the net itself
                 raise ValueError(f"{name} changes in training, which would be lost; {advice}")
+        for name, buffer in self.net.named_buffers(recurse=False):
+            if self.model._buffers[name] is not buffer:
+                raise ValueError(f"the net's buffer {name} is replaced in training; change it in place")
         self.attributes = None
 
     def means(self):

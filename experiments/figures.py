@@ -398,10 +398,14 @@ def plot_images():
 
 
 def main(arguments=None):
-    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args(arguments)
-    figures = plot_rows()
-    if (ROOT / "data" / "cifar-10-batches-py").is_dir():
-        figures |= plot_images()
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.parse_args(arguments)
+    try:
+        figures = plot_rows()
+        if (ROOT / "data" / "cifar-10-batches-py").is_dir():
+            figures |= plot_images()
+    except (OSError, ValueError, KeyError) as error:  # KeyError: a column that is missing
+        parser.error(f"there is no column {error}" if isinstance(error, KeyError) else str(error))
     else:
         print("img/same.png and cam.png stay as they are: they need CIFAR-10 in data/")
     for name, figure in figures.items():

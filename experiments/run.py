@@ -1,7 +1,7 @@
 """Run what results/runs.csv does not hold yet of the sweeps.
 
     python -m experiments.run                 all of them, in the order in which they need each other
-    python -m experiments.run recipe rate      these alone
+    python -m experiments.run recipe rate     these alone
     python -m experiments.run --dry-run       say what is missing and how long it should take
     torchrun --nproc-per-node=2 -m experiments.run    the same by two processes, each on its own GPU
 

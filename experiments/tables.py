@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from engine import records
 from engine.statistics import contrast
 from experiments import ROOT
 from experiments.sweeps import RECIPE, SETTING, STEPS, TYPES, best_settings, rate_runs, validation_means
@@ -34,8 +35,11 @@ LEADS = (("batch", "layer"), ("batch", "group"))
 
 
 def read_results(name="runs"):
-    """Read a CSV file of results/ as a DataFrame."""
-    return pd.read_csv(RESULTS / f"{name}.csv")
+    """Read a CSV file of results/ as a DataFrame. OSError when it is absent, ValueError unless it is whole."""
+    path = RESULTS / f"{name}.csv"
+    if not path.exists():
+        raise OSError(f"{path} is not there")
+    return records.read_rows(path)
 
 
 def claim(text, condition):

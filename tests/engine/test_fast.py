@@ -219,3 +219,12 @@ def test_each_number_has_one_stream():
     streams = [fast.cuda_stream(device, number) for number in (0, 1, 0)]
     assert streams[0] is streams[2]
     assert streams[0] is not streams[1]
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_group_norm_of_vectors_and_without_shifts_is_pytorchs(groups):
+    norm, x = nn.GroupNorm(groups, 8), torch.randn(3, 8)
+    torch.testing.assert_close(fast.ChannelsLastGroupNorm(norm)(x), norm(x))
+    net = models.NetC(groups=groups)
+    net.C1.norm = nn.GroupNorm(groups, 16, bias=False)
+    assert type(fast.low_precision_copy(net, torch.float32).C1.norm) is nn.GroupNorm

@@ -6,7 +6,7 @@ import copy
 import datetime
 import decimal
 import functools
-import itertools
+import logging
 import math
 import sys
 import types
@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
 import utils
-from engine import fast
+from engine import fast, records
 from engine.data import normalize
 from engine.trainer import OPTIMIZERS, Trainer, schedule, takes_fused_step
 from utils import Settings
@@ -527,7 +527,6 @@ OBJECTS = {  # state, and how a step changes it
     "range": (range(1), lambda norm: setattr(norm, "state", range(len(norm.state) + 1))),
     "array": (array.array("f"), lambda norm: norm.state.append(1)),
     "bytearray": (bytearray(), lambda norm: norm.state.append(1)),
-    "count": (itertools.count(), lambda norm: next(norm.state)),
     "one slot": (OneSlot(), lambda norm: add(norm.state)),
     "private slot": (PrivateSlot(), lambda norm: norm.state.add()),
     "list subclass": (type("List", (list,), {})(), lambda norm: add(norm.state)),
@@ -566,6 +565,98 @@ def test_objects_that_do_not_change_are_kept(small):
     net.state = [*(start for start, _ in OBJECTS.values()), math.sin, math.sqrt, len, Counter, torch.device("cpu")]
     net.state += [net.c11.weight, net.C4.norm]
     run_epoch(Trainer(net, small, SHORT))
+
+
+class Switch(models.ScaleShift):
+    """Multiply by one of two numbers, the other one from the first training step on."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.gains = [1.0], [2.0]
+        self.state = {"all": self.gains, "now": self.gains[0]}
+
+    def forward(self, x):
+        if self.training:
+            self.state["now"] = self.state["all"][1]
+        return super().forward(x) * self.state["now"][0]
+
+
+def test_another_of_several_known_objects_is_a_change(small):
+    net = models.NetB(widths=NARROW)
+    net.C5.norm = Switch(8)
+    with pytest.raises(ValueError, match=r"^C5.norm.state changes in training"):
+        run_epoch(Trainer(net, small, SHORT))
+
+
+def test_state_of_a_hook_is_refused_by_name(small):
+    class Hook:
+        calls = 0
+
+        def __call__(self, module, inputs, output):
+            self.calls += 1
+
+    net = models.NetB(widths=NARROW)
+    net.C5.conv.register_forward_hook(Hook())
+    with pytest.raises(ValueError, match=r"^C5.conv._forward_hooks changes in training"):
+        run_epoch(Trainer(net, small, SHORT))
+
+
+def test_a_buffer_of_the_net_itself_is_changed_in_place_or_refused(small):
+    class Counting(models.Net):
+        def __init__(self, in_place):
+            super().__init__("layer", widths=NARROW)
+            self.in_place = in_place
+            self.register_buffer("steps", torch.zeros(()))
+
+        def forward(self, x):
+            if self.in_place:
+                self.steps += 1
+            else:
+                self.steps = self.steps + 1
+            return super().forward(x)
+
+    trainer = Trainer(Counting(in_place=True), small, SHORT)
+    run_epoch(trainer)
+    assert trainer.net.steps == trainer.steps_per_epoch
+    with pytest.raises(ValueError, match=r"^the net's buffer steps is replaced in training; change it in place"):
+        run_epoch(Trainer(Counting(in_place=False), small, SHORT))
+
+
+class Lazy(nn.Module):
+    """Make a scale in the first call."""
+
+    def __init__(self, buffer):
+        super().__init__()
+        self.register_parameter("scale", None)
+        if buffer:
+            self.register_buffer("steps", torch.zeros(()))  # so that it is shared
+
+    def forward(self, x):
+        if self.scale is None:
+            self.scale = nn.Parameter(torch.ones(8, 1, 1))
+        return x * self.scale.to(x.dtype)
+
+
+@pytest.mark.parametrize("buffer", [False, True])
+def test_a_parameter_that_training_makes_is_refused(small, buffer):
+    net = models.NetB(widths=NARROW)
+    net.C5.norm = Lazy(buffer)
+    with pytest.raises(ValueError, match=r"^(C5.norm.scale changes in|training makes a parameter; make all of them)"):
+        run_epoch(Trainer(net, small, SHORT))
+
+
+def test_loggers_and_compiled_parts_are_no_state(small):
+    class Logging(models.ScaleShift):
+        def forward(self, x):
+            self.log.debug("called")
+            return super().forward(x)
+
+    net = models.NetB(widths=NARROW)
+    net.C5.norm = Logging(8)
+    net.C5.norm.log = logging.getLogger("a norm")
+    net.C1 = torch.compile(net.C1, backend="eager")
+    run_epoch(Trainer(net, small, SHORT))
+    assert "_torchdynamo" not in str(records.attributes(net))
 
 
 @pytest.mark.parametrize("register", [False, True])

@@ -180,3 +180,13 @@ def test_an_argument_is_refused(monkeypatch):
     monkeypatch.setattr(figures, "plot_rows", lambda: pytest.fail("it was drawn"))
     with pytest.raises(SystemExit):
         figures.main(["--nonsense"])
+
+
+@pytest.mark.parametrize("content", [None, "", "study,net\nmain,NetA\n", "study,net\nmain,Ne"])
+def test_rows_that_can_not_be_drawn_end_in_one_line(tmp_path, monkeypatch, capsys, content):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    if content is not None:
+        (tmp_path / "runs.csv").write_text(content)
+    with pytest.raises(SystemExit):
+        figures.main([])
+    assert "error: " in capsys.readouterr().err.splitlines()[-1]
