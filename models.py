@@ -79,7 +79,9 @@ class Net(nn.Sequential):
     """
 
     def __init__(self, norm, groups=4, widths=WIDTHS, classes=10, in_channels=3):
-        groups, classes, in_channels, *widths = check(norm, groups, widths, classes, in_channels)
+        counts = check(norm, groups, widths, classes, in_channels)
+        groups, classes, in_channels = (counts[name] for name in ("groups", "classes", "in_channels"))
+        widths = [counts[name] for name in CONVOLUTIONS]
         inputs = dict(zip(CONVOLUTIONS, (in_channels, *widths[:-1]), strict=True))
         outputs = dict(zip(CONVOLUTIONS, widths, strict=True))
         layers = OrderedDict()
@@ -165,7 +167,7 @@ def choose(name, value, choices):
 
 
 def check(norm, groups, widths, classes, in_channels):
-    """Return groups, classes, in_channels and each width as an int; ValueError where `Net` can't be built from them."""
+    """Return groups, classes, in_channels and widths as ints by name; ValueError where no `Net` can have them."""
     choose("norm", norm, NORMS)
     if not isinstance(widths, tuple | list) or len(widths) != len(CONVOLUTIONS):
         raise ValueError(f"widths is {show(widths)}; give {len(CONVOLUTIONS)}, one each for {' '.join(CONVOLUTIONS)}")
@@ -177,4 +179,4 @@ def check(norm, groups, widths, classes, in_channels):
         choices = [str(n) for n in range(1, min(normed) + 1) if not any(width % n for width in normed)]
         problem = f"groups is {groups}, which does not divide each of the widths {normed}"
         raise ValueError(f"{problem}; choose one of {', '.join(choices)}")
-    return counts.values()
+    return counts

@@ -354,7 +354,7 @@ def fingerprint(net, data, settings, track, precision=None):
 
 
 def attributes(net, original=None, deep=False):
-    """Describe the plain attributes and the numbers of hooks of each module, as {name: text}.
+    """Describe the plain attributes and the hooks of each module, as {name: text}; of hooks, how many, unless `deep`.
 
     original  the net that `net` is a copy of
     deep      describe lists, dicts, sets, deques and other objects by their contents, too

@@ -45,7 +45,7 @@ TABLES = {  # the columns that their checks need
 HIGHEST = {"train_accuracy": 100, "test_accuracy": 100, "test_loss": 1000, "seconds": 10**6}  # the lowest is 0
 HIGHEST |= {"loss": 1000, "learning_rate": 10, "elapsed": 10**6, "confidence": 1, "spread": 1000}
 WIDTH = 1760  # pixels of a picture
-ROUNDING = 0.01  # by which a loss or a confidence may differ on another device
+ROUNDING = 0.001  # by which a loss or a confidence may differ on another device
 NOTEBOOK, ROWS = "s8.ipynb", "results/runs.csv"
 COPIES = [f"img/{norm}.png" for norm in ("batch", "layer", "group")] + [f"weights/{net}.pt" for net in utils.NETS]
 COPIES += [f"results/{name}.csv" for name in TABLES if name != "runs"]

@@ -186,12 +186,11 @@ def batch(rows):
 def batch_rate(rows):
     """List learning rates at both ends of the batch sizes, as multiples of the earlier ones; one seed."""
     factors = {32: (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2), 1024: (1 / 2, 1, 2, 4)}
-    return [
-        one
-        for size in factors
-        for factor, net in itertools.product(factors[size], NETS)
-        for one in experiments([net], 1, [{"learning_rate": factor * EARLIER_RATES[net], "batch_size": size}])
-    ]
+    found = []
+    for size in factors:
+        for factor, net in itertools.product(factors[size], NETS):
+            found += experiments([net], 1, [{"learning_rate": factor * EARLIER_RATES[net], "batch_size": size}])
+    return found
 
 
 def batch_size(rows):
@@ -223,8 +222,8 @@ def epochs(rows):
 
 
 def flip(rows):
-    small = [{"weight_decay": 0.1, "augment": name} for name in ("none", "flip")]
-    large = [{"weight_decay": 0.5, "augment": name} for name in ("flip", "flip+crop")]
+    small = [EARLIER_AUGMENTED | {"augment": name} for name in ("none", "flip")]
+    large = [{"augment": name} for name in ("flip", "flip+crop")]
     return experiments(NETS, 3, small + large)
 
 

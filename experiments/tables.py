@@ -267,9 +267,8 @@ def tuned(rows):
 
 def recipe_changes(rows):
     """Mean validation accuracy by norm and over norms, with the published settings changed one at a time, n = 3."""
-    settings = ["augment", *RECIPE[1:]]
-    runs = select(rows, study="recipe")
-    table = runs.pivot_table("validation_accuracy", [name for name in settings if runs[name].nunique() > 1], "norm")
+    settings = ["augment", "weight_decay", "momentum", "label_smoothing", "warmup"]
+    table = select(rows, study="recipe").pivot_table("validation_accuracy", settings, "norm")
     table = table[list(NORMS)].rename_axis(index=lambda name: name.replace("_", " "))
     return table.assign(mean=table.mean(axis=1)).sort_values(["augment", "mean"], ascending=[False, False])
 

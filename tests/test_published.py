@@ -199,9 +199,9 @@ def test_grids_hold_five_rows_of_two_images(norm):
     with Image.open(ROOT / "img" / f"{norm}.png") as image:
         pixels = np.asarray(image.convert("RGB"))
     assert pixels.shape[:2] == (1738, 1760)
-    painted = (pixels < 250).any(2)[138:]  # below the title
+    painted = (pixels < 255).any(2)[138:]  # below the title; an airplane's white sky is nearly 255
     cells = painted.reshape(5, 320, 2, 880).mean((1, 3))
-    assert (cells > 0.06).all(), cells.round(2)  # an airplane in a white sky has 0.07
+    assert (cells > 0.1).all(), cells.round(2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -414,7 +414,7 @@ def test_an_interrupted_call_without_a_checkpoint_keeps_what_was_learned(tiny, m
     assert not same(utils.build("NetA", LONG).state_dict(), net.state_dict())
 
 
-def test_between_the_first_and_the_last_checkpoint_a_run_writes_one_a_second_at_most(tiny, tmp_path, monkeypatch):
+def test_a_run_writes_its_first_and_last_checkpoint_and_those_that_are_due(tiny, tmp_path, monkeypatch):
     write, written = records.write_checkpoint, []
 
     def count(path, run, history, state):

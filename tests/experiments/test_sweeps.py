@@ -248,6 +248,9 @@ def test_what_a_sweep_does_not_vary_is_as_in_the_earlier_recipe():
             assert (one.optimizer, one.momentum) == ("muon", utils.Settings.momentum)
             assert one.learning_rate == sweeps.EARLIER_RATES[one.net]
             assert one.batch_size == (512 if sweep == "batch" else 500)
+            assert sweep == "flip" or one.weight_decay == sweeps.EARLIER["weight_decay"]
+    for one in planned("augment", None):
+        assert one == Experiment(net=one.net, seed=one.seed, **sweeps.AUGMENTED)
 
 
 def test_the_recipe_is_changed_for_all_nets_alike():
@@ -289,3 +292,17 @@ def test_the_published_batch_size_has_the_best_mean_on_held_out_images():
     seeds = rows.assign(accuracy=pd.to_numeric(rows["validation_accuracy"])).groupby(keys)["accuracy"]
     means = seeds.mean()[seeds.size() == 3].groupby(keys[:2]).max().groupby("batch_size").mean()
     assert means.idxmax() == str(utils.Settings.batch_size)
+
+
+def test_the_earlier_choices_are_the_best_of_equal_trials():
+    """By plain sums: each net's learning rate, and the weight decay with augmentation that is best over the nets."""
+    rates, decays = {}, {}
+    for one in sweeps.read_texts().query("study == 'tune'").itertuples():
+        trials = rates.setdefault(one.net, {}) if one.augment == "none" else decays
+        choice = float(one.learning_rate) if one.augment == "none" else float(one.weight_decay)
+        trials.setdefault(choice, []).append(float(one.validation_accuracy))
+    for net in utils.NETS:
+        assert [len(values) for values in rates[net].values()] == [2] * 4
+        assert max(rates[net], key=lambda choice: sum(rates[net][choice])) == sweeps.EARLIER_RATES[net]
+    assert [len(values) for values in decays.values()] == [6] * 4
+    assert max(decays, key=lambda choice: sum(decays[choice])) == sweeps.EARLIER_AUGMENTED["weight_decay"]
