@@ -111,7 +111,8 @@ def train(net, data, settings, label="", track=True, fused=None, checkpoint=None
     test_accuracy (nan unless `track`), learning_rate (of the last step), seconds (of training alone) and elapsed
     (seconds from the start, without pauses). Equal settings, machine, torch, Triton and threads give equal weights.
 
-    ValueError, see `engine.trainer.Trainer`, also when the checkpoint is damaged or of another run;
+    ValueError, see `engine.trainer.Trainer`, also when the checkpoint is damaged or of another run, or might not hold
+    all that the net keeps, see `engine.fast.reason_against_copy`;
     TypeError unless `net` is a models.Net; MemoryError when a batch takes more than the GPU has; FloatingPointError
     when a gradient is not finite. A call with `checkpoint` that is interrupted leaves `net` as it was before.
     """
@@ -120,6 +121,8 @@ def train(net, data, settings, label="", track=True, fused=None, checkpoint=None
     device = data.images.device
     if device.type == "cpu":
         fast.keep_memory()
+    if checkpoint is not None and (reason := fast.reason_against_copy(net)):
+        raise ValueError(f"{reason}; train without a checkpoint, or see CONTRIBUTING.md, A norm of your own")
     net.to(device)
     history = []
     with contextlib.nullcontext() if checkpoint is None else records.restored_on_error(net):
@@ -255,7 +258,7 @@ def finish(name, net, data, settings, history, study, seconds, diverged=False, f
         accuracy[f"{data.split}_accuracy"] = round(scores.accuracy, 3)
         accuracy["test_loss"] = round(scores.loss, 5) if data.split == "test" else ""
     row = settings_columns(name, net, data, settings, study) | {
-        "precision": str(fast.pick_precision(data.images.device)).removeprefix("torch."),
+        "precision": str(fast.training_precision(net, data.images.device)).removeprefix("torch."),
         "step": "fused" if takes_fused_step(net, data.images.device, fused) else "PyTorch",
         "parameters": sum(p.numel() for p in net.parameters()),
         **accuracy,

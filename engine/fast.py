@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import models
-from engine.records import HOOKS
+
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")  # of a module
 
 
 def pick_precision(device):
@@ -25,32 +26,57 @@ def pick_precision(device):
     return torch.float32
 
 
+def training_precision(net, device):
+    """Return the type of floating-point numbers that `net` is trained with on `device`."""
+    return torch.float32 if reason_against_copy(net) else pick_precision(device)
+
+
+def reason_against_copy(net):
+    """Return why a copy can't train for `net`, in a few words, or "" where it can.
+
+    A copy, a CUDA graph and a checkpoint hold parameters and buffers, and would lose what else a net changes. Of
+    PyTorch's classes and those of `models` it is known that they change nothing else. Any other class says so by an
+    attribute of its own, which its subclasses don't inherit: ``state_in_buffers = True``.
+    """
+    for name, module in net.named_modules():
+        cls, name = type(module), name or "net"
+        stock = cls in vars(models).values() or cls.__module__.startswith("torch.nn.modules.")
+        stock = cls is nn.BatchNorm2d or (stock and not any(True for _ in module.buffers(recurse=False)))
+        if not stock and not vars(cls).get("state_in_buffers", False):
+            return f"{name} is a {cls.__name__}, which does not say state_in_buffers = True"
+        if has_own_code(module):
+            return f"{name} has a hook, or a method of its own"
+    first = {}
+    for name, parameter in net.named_parameters(remove_duplicate=False):
+        if first.setdefault(parameter, name) != name:
+            return f"{first[parameter]} is {name}, too"
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            return f"{name} has a hook"
+    return ""
+
+
 def low_precision_copy(net, dtype):
     """Copy a `models.Net` for training in `dtype`, which shares the float32 norms of `net`.
 
-    It also shares modules with buffers, such as running averages, which compute in float32; other norms are copied in
-    `dtype`. c3 and c7, where they are plain, come after their pools: the same function for a quarter of the work. The
-    parameters' order is that of `net`. ValueError for a net that can't be copied.
+    It also shares modules with buffers, such as running averages; other norms are copied in `dtype`. c3 and c7, where
+    they are plain, come after their pools: the same function for a quarter of the work. The parameters' order is that
+    of `net`. Only for nets without a `reason_against_copy`.
     """
-    try:
-        copied = copy.deepcopy(net).to(dtype)
-    except Exception as error:  # of many kinds: what a module holds may be anything
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"net can't be copied ({reason}); remove what can't, such as pruning") from None
+    copied = copy.deepcopy(net).to(dtype)
     shared = []  # modules with buffers, which are shared with all that is in them
     for name, module in net.named_modules(remove_duplicate=False):  # two layers may share a norm
         if any(name.startswith(f"{one}.") for one in shared):
             continue
         if type(module) is nn.BatchNorm2d:
             copied.set_submodule(name, module)
-        elif type(module) is nn.GroupNorm and module.bias is not None and not has_own_code(module):
+        elif type(module) is nn.GroupNorm and module.bias is not None:
             copied.set_submodule(name, ChannelsLastGroupNorm(module))
         elif name and any(True for _ in module.buffers(recurse=False)):
-            copied.set_submodule(name, InFloat32(module))
+            copied.set_submodule(name, module)
             shared.append(name)
     for name, buffer in net.named_buffers(recurse=False):
         setattr(copied, name, buffer)
-    if type(net).forward is not models.Net.forward or has_own_code(net):
+    if type(net).forward is not models.Net.forward:
         return copied
     for (name, conv), (next_name, pool) in itertools.pairwise(list(copied.named_children())):
         plain = type(conv) is nn.Conv2d and equals(conv, nn.Conv2d(conv.in_channels, conv.out_channels, 1))
@@ -61,28 +87,18 @@ def low_precision_copy(net, dtype):
 
 
 def has_own_code(module):
-    """Return whether a module has hooks, or a forward that was set on it alone."""
-    return "forward" in vars(module) or any(getattr(module, name) for name in HOOKS)
+    """Return whether a module has hooks, is compiled, or has a method that was set on it alone."""
+    methods = any(callable(getattr(type(module), name, None)) for name in vars(module))
+    return methods or module._compiled_call_impl is not None or any(getattr(module, name) for name in HOOKS)
 
 
 def equals(module, stock):
-    """Return whether a module is one of PyTorch's like `stock`: of the same class, settings and code."""
+    """Return whether a module is one of PyTorch's like `stock`: of the same class and settings."""
 
     def settings(module):
         return {name: value for name, value in vars(module).items() if name[0] != "_" and name != "training"}
 
-    return type(module) is type(stock) and settings(module) == settings(stock) and not has_own_code(module)
-
-
-class InFloat32(nn.Module):
-    """Compute a module in float32, whatever the type of the activations."""
-
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, x):
-        return self.module(x.float()).to(x.dtype)
+    return type(module) is type(stock) and settings(module) == settings(stock)
 
 
 class AvgPool2x2(nn.Module):

@@ -730,15 +730,15 @@ COMPOSE_BLOCK, REDUCE_BLOCK = 256, 64  # elements of a program of compose_weight
 
 def reason_against(net):
     """Return why `FusedNet` can't stand for `net`, in a few words, or "" where it can."""
+    if reason := fast.reason_against_copy(net):
+        return reason
     with torch.random.fork_rng(devices=[]):  # to build a net draws random numbers
         twin = models.Net("none", widths=net.widths, classes=net.c11.out_channels, in_channels=3)
-    if any(map(fast.has_own_code, net.modules())):
-        return "it has hooks, or a forward of its own"
     modules, stock = without_norms(net), without_norms(twin)
     alike = type(net).forward is models.Net.forward and list(modules) == list(stock)
     alike = alike and all([*module.children()] or fast.equals(module, stock[name]) for name, module in modules.items())
     parameters, wanted = ([name for name, _ in one.named_parameters() if ".norm." not in name] for one in (net, twin))
-    if not alike or parameters != wanted:  # a parameter that is shared is there once
+    if not alike or parameters != wanted:
         return "its layers are not those of models.Net with SiLU, for three colors"
     for name in SIDES:
         norm = net.get_submodule(name).norm
@@ -748,8 +748,6 @@ def reason_against(net):
             return "its norms have no scale and shift"
         if isinstance(norm, nn.BatchNorm2d) and norm.momentum is None:
             return "its batch norm averages over all batches alike"
-    if len({net.get_submodule(name).norm for name in SIDES}) < len(SIDES):
-        return "layers share a norm"
     if not all(parameter.requires_grad for parameter in net.parameters()):
         return "some of its parameters are frozen"
     if max(net.widths) > 32 or net.c11.out_channels > 128:

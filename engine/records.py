@@ -3,7 +3,6 @@
 A problem is one line that names the file: OSError when it can't be written, ValueError when its content won't do.
 """
 
-import collections
 import contextlib
 import csv
 import functools
@@ -14,7 +13,6 @@ import os
 import re
 import subprocess
 import types
-import weakref
 import zipfile
 from dataclasses import asdict
 from decimal import Decimal
@@ -36,12 +34,9 @@ NON_KEY_COLUMNS = {"parameters", "train_accuracy", "test_accuracy", "validation_
 NON_KEY_COLUMNS |= {"device", "torch", "commit", "status", "precision", "step"}
 # Columns whose values are texts, whatever they look like: a study "1.10" is not "1.1", and 1234e56 is a commit.
 TEXTS = ("study", "dataset", "net", "norm", "commit")
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")  # of a module
 OF_ALL_MODULES = set(vars(torch.nn.Module()))
 PLAIN = bool | int | float | complex | str | bytes | torch.dtype | slice | types.NoneType
 ARRAYS = torch.Tensor | np.ndarray | np.generic
-COMPUTED = "computed"
-_at_first = weakref.WeakKeyDictionary()  # the names of each module's attributes, see `attributes`
 _commit = None  # see set_commit
 
 
@@ -326,9 +321,8 @@ def weights_hash(state_dict):
 def fingerprint(net, data, settings, track, precision=None):
     """Return, as numbers and texts, what must be the same for a run to be the same; `net` is not yet trained.
 
-    It can't see functions, globals and objects outside the net's classes (lists among them), what a hook does, what is
-    swapped at run time, and a tensor attribute that is set after the net was first trained. ValueError for a buffer
-    that a checkpoint would not hold.
+    It can't see functions, globals and objects outside the net's classes, nor what is swapped at run time. ValueError
+    for a buffer that a checkpoint would not hold.
     """
     device, weights = data.images.device, net.state_dict()
     for name in (name for name, _ in net.named_buffers() if name not in weights):
@@ -353,71 +347,14 @@ def fingerprint(net, data, settings, track, precision=None):
     return described | _plain(asdict(settings))
 
 
-def attributes(net, original=None, deep=False):
-    """Describe the plain attributes and the hooks of each module, as {name: text}; of hooks, how many, unless `deep`.
-
-    original  the net that `net` is a copy of
-    deep      describe lists, dicts, sets, deques and other objects by their contents, too
-
-    Left out are None and tensors that were None or absent in the first call for this net or its original, since they
-    may be what it keeps of a batch. A tensor that is computed from parameters is COMPUTED, or left out unless `deep`.
-    Of buffers and parameters `deep` tells which there are.
-    """
-    found, originals = {}, dict(original.named_modules()) if original else {}
-    known = [*net.modules(), *net.parameters()]  # which are seen by themselves
-    seen = {id(one): (one, number) for number, one in enumerate(known)}
-    for path, module in net.named_modules():
-        own = {name: value for name, value in vars(module).items() if name not in OF_ALL_MODULES and value is not None}
-        if type(module).__module__.startswith("torch._dynamo"):  # a compiled module's are addresses
-            own = {}
-        at_first = _at_first.setdefault(originals.get(path, module), set(own))
-        for name, value in sorted(own.items()):
-            if isinstance(value, torch.Tensor) and (name not in at_first or not value.is_leaf or id(value) in seen):
-                if deep and name in at_first:
-                    found[f"{path}.{name}"] = COMPUTED
-            elif deep or isinstance(value, PLAIN | ARRAYS | tuple):
-                found[f"{path}.{name}"] = repr(_contents(value, {**seen}) if deep else _described(value))
-        for name in HOOKS:
-            if hooks := getattr(module, name):
-                found[f"{path}.{name}"] = (
-                    repr(_contents([*hooks.values()], {**seen})) if deep else f"{len(hooks)} hooks"
-                )
-        for name, tensor in {**module._buffers, **module._parameters}.items():
-            if deep and tensor is not None:
-                found[f"{path}.{name}"] = "a tensor"  # one that only training makes is in no checkpoint
-    return found
-
-
-def _contents(value, seen):
-    """Return what `_described` does, of containers and objects with all that is in them but what is computed.
-
-    seen  objects by their id, with their numbers; kept, since the id of one that is gone may be another's
-    """
-    if isinstance(value, torch.Tensor) and not value.is_leaf:
-        return None
-    if id(value) in seen:
-        return "seen", seen[id(value)][1]
-    if isinstance(value, PLAIN | ARRAYS | type | types.FunctionType | types.ModuleType):
-        return _described(value)
-    seen[id(value)] = value, len(seen)
-    if type(value) is dict:
-        return [(_contents(key, seen), _contents(item, seen)) for key, item in value.items()]
-    if type(value) in (tuple, list):
-        return [_contents(item, seen) for item in value]
-    if isinstance(value, collections.abc.Set):
-        return sorted(repr(_contents(item, seen)) for item in value)
-    own = dict(getattr(value, "__dict__", {}))
-    if isinstance(value, torch.nn.Module):  # one that is not registered
-        left_out = OF_ALL_MODULES - {"_buffers", "_parameters", "_modules"}  # such as whether it trains
-        return type(value).__qualname__, _contents({name: own[name] for name in own if name not in left_out}, seen)
-    try:  # what copy and pickle take for its state: of slots, arrays, methods, subclasses of containers and others
-        parts = value.__reduce_ex__(4)
-    except Exception:  # of many kinds
-        parts = (own,)
-    if isinstance(parts, str):  # the name of what is one of its kind
-        return type(value).__qualname__, parts
-    parts = [list(part) if isinstance(part, collections.abc.Iterator) else part for part in parts]
-    return type(value).__qualname__, _contents(parts, seen)
+def attributes(net):
+    """Describe the plain attributes of each module, as {name: text}: numbers, texts, arrays and what holds them."""
+    return {
+        f"{path}.{name}": repr(_described(value))
+        for path, module in net.named_modules()
+        for name, value in sorted(vars(module).items())
+        if name not in OF_ALL_MODULES and isinstance(value, PLAIN | ARRAYS | tuple | list | dict)
+    }
 
 
 def _code(module):
@@ -434,20 +371,26 @@ def _described(value, seen=()):
     """Return what a constant or function is, the same in each process: without addresses and the order of sets."""
     if isinstance(value, PLAIN):
         return value
-    if isinstance(value, tuple):
-        return tuple(_described(item, seen) for item in value)
+    if isinstance(value, tuple | list):
+        return type(value).__name__, [_described(item, seen) for item in value]
+    if isinstance(value, dict):
+        return [(_described(key, seen), _described(item, seen)) for key, item in value.items()]
     if isinstance(value, frozenset):
         return sorted(repr(_described(item, seen)) for item in value)
     if isinstance(value, torch.Tensor):
         return data_hash(value.to_dense())
     if isinstance(value, np.ndarray | np.generic):
         return str(value.dtype), _digest(value.tolist()) if value.ndim else repr(value.item())
-    if isinstance(value, functools.partial):
+    if isinstance(value, functools.partial | functools.partialmethod):
         return _described((value.func, value.args, *sorted(value.keywords.items())), seen)
     if isinstance(value, types.CodeType):
         return value.co_code, value.co_names, _described(value.co_consts, seen)
     if isinstance(value, types.MethodType | staticmethod | classmethod):
         value = value.__func__
+    if isinstance(value, functools.cached_property | functools.singledispatchmethod):
+        value = value.func
+    if isinstance(value, functools._lru_cache_wrapper):
+        value = value.__wrapped__
     if isinstance(value, property):
         return _described((value.fget, value.fset), seen)
     if isinstance(value, types.FunctionType) and value not in seen:
@@ -555,7 +498,7 @@ def _check_form(value, like, name):
 
 @contextlib.contextmanager
 def restored_on_error(net):
-    """Put the net's weights, gradients and attributes back when anything is raised inside, KeyboardInterrupt too.
+    """Put the net's weights, gradients and modes back when anything is raised inside, KeyboardInterrupt too.
 
     ValueError for what `state_dict` has beside plain tensors, since it could be neither put back nor saved.
     """
@@ -567,21 +510,14 @@ def restored_on_error(net):
             raise ValueError(f"the net's {name} is no plain tensor, as a checkpoint holds; train without a checkpoint")
     before = {name: value.clone() for name, value in net.state_dict().items()}
     gradients = [(parameter, parameter.grad) for parameter in net.parameters()]
-    attributes = [  # training, too; and which buffers, parameters and modules there are
-        (own, dict(own))
-        for module in net.modules()
-        for own in (vars(module), module._buffers, module._parameters, module._modules)
-        if isinstance(own, dict)  # which those of a scripted module are not
-    ]
+    modes = [(module, module.training) for module in net.modules()]
     try:
         yield
     except BaseException:
         for device in {value.device for value in net.state_dict().values() if value.is_cuda}:
             torch.cuda.synchronize(device)  # enqueued steps would write after us
-        for own, saved in attributes:
-            own.update(saved)
-            for name in own.keys() - saved:
-                del own[name]
+        for module, mode in modes:
+            module.training = mode
         net.load_state_dict(before)
         for parameter, gradient in gradients:
             parameter.grad = gradient

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import models
-from engine import fast, records
+from engine import fast
 from engine.data import crop_and_flip, normalize
 from engine.muon import Muon, fix_filter_norm, fix_tensor_norm, newton_schulz
 
@@ -139,14 +139,14 @@ class Trainer:
 
     Master weights are float32; a low-precision copy computes logits and gradients (Micikevicius et al. 2018,
     https://arxiv.org/abs/1710.03740). All state lives in tensors on the device, so nothing returns to the host within
-    an epoch. On CUDA one step is captured as a graph and replayed, unless `capture` is False.
+    an epoch. On CUDA one step is captured as a graph and replayed, unless `capture` is False. A net with a
+    `fast.reason_against_copy` trains as it is instead: in float32, without copy and graph.
 
     fused    whether to take the step of engine.kernels, see `takes_fused_step`
     stream   number of the CUDA stream: nets that train at the same time need one each
     TypeError for another kind of net, or of c11; ValueError when a batch is larger than the training split, the net has
-    fewer classes than the data, or a parameter is frozen, not float32 or has a hook, or, at the end of an epoch, when
-    an attribute has changed, or which buffers there are, see CONTRIBUTING.md. Nets with random layers do not resume bit
-    for bit.
+    fewer classes than the data, or a parameter is frozen or not float32. Nets with random layers do not resume bit for
+    bit.
     """
 
     def __init__(self, net, data, settings, fused=None, capture=True, stream=0):
@@ -163,11 +163,11 @@ class Trainer:
             if parameter.dtype != torch.float32 or not parameter.requires_grad:
                 state = f"of {parameter.dtype}" if parameter.requires_grad else "frozen"
                 raise ValueError(f"{name} is {state}; give a net whose parameters are all float32 and trained")
-            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-                raise ValueError(f"{name} has a hook, which would not be called; remove it")
         check_input(net)
         net.to(device, memory_format=torch.channels_last).train()
-        self.dtype = fast.pick_precision(device)
+        as_it_is = fast.reason_against_copy(net)
+        self.dtype = fast.training_precision(net, device)
+        self.loss_scale = 1 if as_it_is else LOSS_SCALE
         self.diverged = torch.zeros((), device=device)  # 1 from the first step on whose gradients are not finite
         self.fused, self.model, self.copied = None, None, []
         if takes_fused_step(net, device, fused):
@@ -177,11 +177,13 @@ class Trainer:
             self.fused = kernels.FusedNet(
                 net, images, labels, settings.batch_size, settings.augment, self.diverged, settings.label_smoothing
             )
+        elif as_it_is:
+            self.model = net
         else:
             self.model = fast.low_precision_copy(net, self.dtype)
             pairs = zip(self.model.parameters(), net.parameters(), strict=True)
             self.copied = [(low, master) for low, master in pairs if low is not master]
-        self.attributes = self.model and self.plain_attributes()
+        self.trained = [*self.model.parameters()] if self.model else []
         total_steps = self.steps_per_epoch * settings.epochs
         self.learning_rates = schedule(total_steps, settings.learning_rate, settings.warmup, device)
         self.lr = self.learning_rates[0].clone()
@@ -195,13 +197,13 @@ class Trainer:
         self.epoch_step, self.global_step = self.counts
         self.metric_sums = torch.zeros(2, device=device)  # over the epoch so far: loss, and accuracy from 0 to 1
         self.optimizer.found_inf = self.diverged
-        self.unscale = torch.full((), 1 / LOSS_SCALE, device=device)
+        self.unscale = torch.full((), 1 / self.loss_scale, device=device)
         self.stream = fast.cuda_stream(device, stream) if device.type == "cuda" else None
         self.on_stream = functools.partial(torch.cuda.stream, self.stream) if self.stream else contextlib.nullcontext
         if self.fused:
             self.prepare_fused_step(kernels)
         # Without a graph None, since self.step here would keep this object alive.
-        self.captured_step = self.capture() if self.stream and capture else None
+        self.captured_step = self.capture() if self.stream and capture and not as_it_is else None
 
     def batch(self):
         """Return the current step's normalized images (B, 3, 32, 32) and labels (B,)."""
@@ -242,10 +244,10 @@ class Trainer:
         # In float16 cuDNN's deterministic kernels are as fast as its others.
         with torch.backends.cudnn.flags(enabled=True, deterministic=True):
             loss, accuracy = self.loss(images, labels)
-            (LOSS_SCALE * loss).backward()
-        gradients = [low.grad for low in self.model.parameters()]
-        if len(gradients) > len([*self.net.parameters()]):
-            raise ValueError("training makes a parameter; make all of them before")
+            (self.loss_scale * loss).backward()
+        gradients = [low.grad for low in self.trained]
+        if [*map(id, self.model.parameters())] != [*map(id, self.trained)]:
+            raise ValueError("training makes a parameter, or removes one; have all of them before")
         for (name, _), gradient in zip(self.net.named_parameters(), gradients, strict=True):
             if gradient is None:
                 raise ValueError(f"{name} gets no gradient; give a net that uses all its parameters")
@@ -311,9 +313,6 @@ class Trainer:
         if self.epochs_left == 0:
             raise ValueError(f"all epochs are done; settings.epochs is {self.settings.epochs}")
         self.epochs_left -= 1
-        if self.model and self.attributes is None:  # after the first epoch: `test` may have changed some since
-            with self.on_stream():
-                self.attributes = self.plain_attributes()
         if self.stream:
             # The state may just have been loaded on the current stream.
             self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
@@ -333,31 +332,6 @@ class Trainer:
             with self.on_stream():
                 self.replay()
             yield
-
-        if self.model:
-            self.check_attributes()
-
-    def plain_attributes(self):
-        """Return what records.attributes describes, of the net and of the model that computes the step."""
-        of_net = records.attributes(self.net, deep=True)
-        of_model = records.attributes(self.model, self.net, deep=True)
-        return {("net", name): text for name, text in of_net.items()} | {
-            ("model", name): text for name, text in of_model.items()
-        }
-
-    def check_attributes(self):
-        """Raise ValueError if the epoch changed a plain attribute: of a copy, and not in a checkpoint."""
-        with self.on_stream():
-            found = self.plain_attributes()
-        for where in {**self.attributes, **found}:
-            if found.get(where) not in (self.attributes.get(where), records.COMPUTED):
-                advice = "register a buffer and change it in place"
-                name = f"net{where[1]}" if where[1][0] == "." else where[1]  # of the net itself
-                raise ValueError(f"{name} changes in training, which would be lost; {advice}")
-        for name, buffer in self.net.named_buffers(recurse=False):
-            if self.model._buffers[name] is not buffer:
-                raise ValueError(f"the net's buffer {name} is replaced in training; change it in place")
-        self.attributes = None
 
     def means(self):
         """Return the epoch's mean training loss and accuracy (percent) so far; waits for the GPU."""

@@ -404,10 +404,10 @@ def main(arguments=None):
         figures = plot_rows()
         if (ROOT / "data" / "cifar-10-batches-py").is_dir():
             figures |= plot_images()
+        else:
+            print("img/same.png and cam.png stay as they are: they need CIFAR-10 in data/")
     except (OSError, ValueError, KeyError) as error:  # KeyError: a column that is missing
         parser.error(f"there is no column {error}" if isinstance(error, KeyError) else str(error))
-    else:
-        print("img/same.png and cam.png stay as they are: they need CIFAR-10 in data/")
     for name, figure in figures.items():
         save_figure(ROOT / "img" / f"{name}.png", figure)
 

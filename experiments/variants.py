@@ -21,6 +21,8 @@ class GhostBatchNorm(nn.BatchNorm2d):
     Hoffer et al. 2017, https://arxiv.org/abs/1705.08741. (N, C, H, W) to the same shape; `size` divides N.
     """
 
+    state_in_buffers = True  # see engine.fast.reason_against_copy
+
     def __init__(self, channels, size):
         super().__init__(channels)
         self.size = size
@@ -44,6 +46,8 @@ class GhostBatchNorm(nn.BatchNorm2d):
 class LayerNorm2d(nn.LayerNorm):
     """Layer norm over the channels of each pixel, (N, C, H, W) to the same shape."""
 
+    state_in_buffers = True  # see engine.fast.reason_against_copy
+
     def forward(self, x):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
@@ -53,6 +57,8 @@ class RMSNorm(models.ScaleShift):
 
     Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467, with layer norm's axes, scale and shift.
     """
+
+    state_in_buffers = True  # see engine.fast.reason_against_copy
 
     def forward(self, x):
         squares = x.float().square().mean((1, 2, 3), keepdim=True)
@@ -65,6 +71,8 @@ class DynamicTanh(models.ScaleShift):
     Zhu et al. 2025, https://arxiv.org/abs/2503.10622. There alpha starts at 0.5; here at 1, since without skip
     connections 0.5 would halve the signal in each layer.
     """
+
+    state_in_buffers = True  # see engine.fast.reason_against_copy
 
     def __init__(self, channels):
         super().__init__(channels)
@@ -80,6 +88,8 @@ class StandardizedConv2d(nn.Conv2d):
     Weight standardization (Qiao et al. 2019, https://arxiv.org/abs/1903.10520), scaled as by Brock et al. 2021,
     https://arxiv.org/abs/2101.08692, which a norm undoes and the control needs.
     """
+
+    state_in_buffers = True  # see engine.fast.reason_against_copy
 
     @classmethod
     def of(cls, conv, gain):

@@ -216,8 +216,8 @@ def test_a_trainer_trains_as_it_does_without_the_kernels(name, optimizer):
         trainer = Trainer(net, data, settings, fused)
         assert bool(trainer.fused) == fused
         if not fused:
-            trainer.model, trainer.copied, trainer.attributes = net, [], None  # in float32
-            trainer.dtype = torch.float32
+            trainer.model, trainer.copied, trainer.dtype = net, [], torch.float32
+            trainer.trained = [*net.parameters()]
         for _ in trainer.epoch():
             pass
         assert trainer.counts.flatten().tolist() == [2, 2]
@@ -232,6 +232,8 @@ def test_a_trainer_trains_as_it_does_without_the_kernels(name, optimizer):
 
 class Centered(torch.nn.Conv2d):
     """Called Conv2d by whoever prints it."""
+
+    state_in_buffers = True
 
     def forward(self, x):
         return self._conv_forward(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
@@ -257,11 +259,16 @@ def test_a_net_that_the_kernels_do_not_compute_is_turned_down_with_a_reason():
         "layers are not those": changed(lambda net: setattr(net.C4, "activation", torch.nn.ReLU())),
         "three colors": models.Net("batch", in_channels=1),
         "layers are not those of": changed(lambda net: setattr(net, "P1", torch.nn.AvgPool2d(2, divisor_override=1))),
-        "its layers are not": changed(lambda net: setattr(net.C4, "conv", Centered(24, 24, 3, padding=1, bias=False))),
-        "it has hooks": changed(lambda net: net.C4.register_forward_hook(print)),
-        "a forward of its own": changed(lambda net: setattr(net.C4.conv, "forward", print)),
-        "layers are not": changed(lambda net: setattr(net.C6.conv, "weight", net.C5.conv.weight)),
-        "layers share a norm": changed(lambda net: setattr(net.C5, "norm", net.C4.norm)),
+        "layers are not those of models": changed(lambda net: setattr(net.C4, "conv", Centered(24, 24, 3, bias=False))),
+        "C4 has a hook": changed(lambda net: net.C4.register_forward_hook(print)),
+        "a method of its own": changed(lambda net: setattr(net.C4.conv, "forward", print)),
+        "C5.conv.weight is C6.conv.weight, too": changed(
+            lambda net: setattr(net.C6.conv, "weight", net.C5.conv.weight)
+        ),
+        "C4.norm.weight is C5.norm.weight, too": changed(lambda net: setattr(net.C5, "norm", net.C4.norm)),
+        "C4.norm is a Own, which does not": changed(
+            lambda net: setattr(net.C4, "norm", type("Own", (Centered,), {})(24, 24, 1))
+        ),
         "are frozen": changed(lambda net: net.c11.requires_grad_(False)),
         "more than 32 channels": models.Net("none", widths=(40,) * 10),
         "more than 128 classes": models.Net("none", classes=200),

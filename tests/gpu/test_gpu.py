@@ -79,7 +79,8 @@ VARIANTS = [
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_every_experiment_is_captured_as_it_runs(data, optimizer, variant):
-    one = Experiment(epochs=2, optimizer=optimizer, learning_rate=RATES[optimizer], **variant)
+    rate = RATES[optimizer] / 10  # none diverges, not even the net without a norm
+    one = Experiment(epochs=2, optimizer=optimizer, learning_rate=rate, **variant)
     losses = []
     for capture in (True, False):
         trainer = Trainer(one.build(), data, one, capture=capture)
@@ -88,6 +89,28 @@ def test_every_experiment_is_captured_as_it_runs(data, optimizer, variant):
                 pass
         losses.append(trainer.means()[0])
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+
+
+def test_a_net_with_code_of_its_own_trains_step_by_step(data, capsys):
+    """A graph would call its forward once."""
+
+    class Counting(torch.nn.SiLU):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += self.training
+            return super().forward(x)
+
+    print_once.cache_clear()
+    net = utils.build("NetB", SHORT)
+    net.C5.activation = Counting()
+    trainer = Trainer(net, data, SHORT)
+    for _ in trainer.epoch():
+        pass
+    assert net.C5.activation.calls == trainer.steps_per_epoch
+    assert capsys.readouterr().out == (
+        "training without the fused step: C5.activation is a Counting, which does not say state_in_buffers = True\n"
+    )
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

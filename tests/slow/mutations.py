@@ -131,7 +131,7 @@ MUTATIONS = [
         "engine/records.py",
         "            own.update(saved)\n",
         "            pass\n",
-        f"{RECORDS}::test_a_failed_call_leaves_modes_gradients_and_attributes",
+        f"{RECORDS}::test_a_failed_call_leaves_modes_and_gradients",
     ),
     # divergence
     (
@@ -349,18 +349,18 @@ MUTATIONS = [
         f"{UTILS}::test_rows_that_cannot_be_compared_are_refused",
     ),
     (
-        "state in a plain attribute is not lost",
-        "engine/trainer.py",
-        "            if found.get(where) not in (self.attributes.get(where), records.COMPUTED):\n",
-        "            if False:\n",
-        f"{TRAINER}::test_state_in_a_plain_attribute_is_refused_by_name",
+        "a net with code of its own is trained as it is",
+        "engine/fast.py",
+        '        if not stock and not vars(cls).get("state_in_buffers", False):\n',
+        "        if False:\n",
+        f"{TRAINER}::test_a_net_with_code_of_its_own_trains_as_in_a_plain_loop",
     ),
     (
-        "a net with a forward of its own is trained as it is",
+        "a net with hooks is trained as it is",
         "engine/fast.py",
-        "models.Net.forward or has_own_code(net):",
-        "models.Net.forward:",
-        "tests/engine/test_fast.py::test_a_changed_net_is_copied_as_it_is",
+        "        if has_own_code(module):\n",
+        "        if False:\n",
+        f"{TRAINER}::test_a_net_with_code_of_its_own_trains_as_in_a_plain_loop",
     ),
     (
         "a parameter without a gradient is named",
@@ -442,11 +442,11 @@ MUTATIONS = [
         f"{DATA}::test_a_forged_pickle_neither_crashes_nor_fills_the_process",
     ),
     (
-        "state that becomes None is refused",
-        "engine/trainer.py",
-        "        for where in {**self.attributes, **found}:\n",
-        "        for where in found:\n",
-        f"{TRAINER}::test_state_that_is_not_there_at_the_end_is_refused",
+        "a checkpoint that might not hold all of a net is refused",
+        "utils.py",
+        "    if checkpoint is not None and (reason := fast.reason_against_copy(net)):\n",
+        "    if False:\n",
+        f"{RECORDS}::test_a_net_with_code_of_its_own_takes_no_checkpoint",
     ),
     (
         "a batch beyond the GPU's memory is named",
