@@ -297,12 +297,15 @@ def save_runs(runs, data, folder):
 def summarize(rows):
     """Tabulate rows of results/runs.csv, a line per net and setting: accuracies in percent, n seeds.
 
-    Settings in which the rows of a net differ have a column each. Seconds are the median of a run. ValueError for none.
+    Settings in which the rows of a net differ have a column each. Seconds are the median of a run. ValueError for no
+    rows, an accuracy that is no number, and a seed that is there twice.
     """
     rows = records.table_of(rows)
-    for name in ("train_accuracy", "test_accuracy"):  # without one: runs that diverged, or of the validation split
-        rows[name] = pd.to_numeric(rows[name], errors="coerce")
+    for name in ("train_accuracy", "test_accuracy", "seconds"):
+        rows[name] = records.numbers(rows, name)
     keys = dict.fromkeys(["net", "norm", "study", "epochs", "augment", "parameters", *records.mixed_settings(rows)])
+    if rows.duplicated([*keys, "seed"]).any():
+        raise ValueError("the rows hold a seed twice; give each run once")
     rows["n"] = rows["seed"].where(rows[["train_accuracy", "test_accuracy"]].notna().any(axis=1))
     columns = {
         "test accuracy, %": ("test_accuracy", "mean"),
@@ -331,7 +334,7 @@ def compare(rows, pairs=(("batch", "layer"), ("batch", "group"), ("group", "laye
             raise ValueError(f"the rows of {norm} norm differ in {', '.join(mixed)}; compare rows of one setting")
         if own["seed"].astype(str).duplicated().any():
             raise ValueError(f"the rows of {norm} norm hold a seed twice; give each run once")
-        accuracy[norm] = pd.to_numeric(own["test_accuracy"], errors="coerce")
+        accuracy[norm] = records.numbers(own, "test_accuracy")
         if accuracy[norm].isna().any():
             raise ValueError(f"a row of {norm} norm has no test accuracy; leave out what diverged or was validated")
     rows = rows[rows["norm"].isin(accuracy)]

@@ -53,6 +53,7 @@ def upsert(path, rows, key=None):
     if isinstance(rows, pd.DataFrame):  # not to_dict: it makes 0.5899999737739563 of float32 0.59
         for name in rows.columns[rows.columns.duplicated()]:
             raise ValueError(f"{path}: new rows have two columns {name!r}; give each once")
+        rows = rows if rows.index.names == [None] else rows.reset_index()
         columns = [rows[name].to_numpy() for name in rows]
         rows = [dict(zip(rows, row, strict=True)) for row in zip(*columns, strict=True)]
     rows = [rows] if isinstance(rows, dict) else rows
@@ -99,6 +100,14 @@ def _key_of(row, key):
 def _number(text):
     """Return a text of a number as that number: a spreadsheet writes 3E-05 and 0.10 for 3e-05 and 0.1."""
     return Decimal(text) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,4})?", text) else text
+
+
+@functools.lru_cache(2**16)
+def number_text(text, kind):
+    """Return a text of a number as str(kind) writes it, int or float; any other text as it is."""
+    number = _number(text)
+    whole = isinstance(number, Decimal) and (kind is float or number == number.to_integral_value())
+    return str(kind(number)) if whole else text
 
 
 def check_writable(path, columns=()):
@@ -246,6 +255,17 @@ def history_table(runs):
     return pd.DataFrame(epochs).round(5).assign(**{"learning_rate": rates} if epochs else {})
 
 
+def numbers(rows, name):
+    """Return a column of rows as numbers, nan where there is none: of a run that diverged, or on the other split.
+
+    ValueError for another text.
+    """
+    try:
+        return pd.to_numeric(rows[name].replace("", None))
+    except ValueError as error:
+        raise ValueError(f"{name} has what is no number: {error}; mend it") from None
+
+
 def mixed_settings(rows):
     """List the columns of settings, without the seed, in which rows of results/runs.csv of one net differ."""
     settings = rows.columns.difference(NON_KEY_COLUMNS | {"seed", "net"}, sort=False)
@@ -261,7 +281,7 @@ def read_rows(path, texts=False):
         return pd.DataFrame(columns=["study", "net", "split"])
     _table(path, content)
     dtype, missing = (str, []) if texts else (dict.fromkeys(TEXTS, str), [""])  # None may be a name
-    return pd.read_csv(io.BytesIO(content), dtype=dtype, keep_default_na=False, na_values=missing)
+    return pd.read_csv(io.BytesIO(content), dtype=dtype, keep_default_na=False, na_values=missing, low_memory=False)
 
 
 def _table(path, content):

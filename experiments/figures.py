@@ -406,8 +406,10 @@ def main(arguments=None):
             figures |= plot_images()
         else:
             print("img/same.png and cam.png stay as they are: they need CIFAR-10 in data/")
-    except (OSError, ValueError, KeyError) as error:  # KeyError: a column that is missing
-        parser.error(f"there is no column {error}" if isinstance(error, KeyError) else str(error))
+    except KeyError as error:
+        parser.error(f"there is no column {error}")
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: weights of another net
+        parser.error(str(error).splitlines()[0])
     for name, figure in figures.items():
         save_figure(ROOT / "img" / f"{name}.png", figure)
 

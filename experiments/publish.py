@@ -31,7 +31,6 @@ from engine import files, records
 from engine.data import CIFAR10_CLASSES, load_data
 from experiments import ROOT
 from experiments.notebook import Refused, check_notebook, check_source, committed
-from experiments.sweeps import read_texts
 
 SEEDS, IMAGES = 10, 10_000
 FOLDER = ROOT.resolve() / "out" / "published"  # emptied before each run, so that it holds nothing else
@@ -85,7 +84,7 @@ def read_table(path, columns):
     """Return the rows of a CSV file as texts. Refused unless it is whole and has these columns and a row."""
     if records.read_rows(path).empty:  # ValueError unless it is whole
         raise Refused("it has no row")
-    table = read_texts(path)
+    table = records.read_rows(path, texts=True)
     if missing := [name for name in columns if name not in table]:
         raise Refused(f"it has no column {missing[0]!r}")
     return table
@@ -231,7 +230,7 @@ def check_weights(folder, predictions, rows, data):
             raise Refused("its labels are not those of CIFAR-10's test images")
         if predictions["data"] != records.test_hash(data):
             raise Refused("it is of other images than CIFAR-10's test images")
-    mistakes = read_texts(folder / "results" / "mistakes.csv")
+    mistakes = records.read_rows(folder / "results" / "mistakes.csv", texts=True)
     for net in utils.NETS:
         with naming(folder / "weights" / f"{net}.pt") as path:
             scores = utils.test(load(path).to(data.images.device), data.test_images, data.test_labels)

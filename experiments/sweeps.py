@@ -6,7 +6,7 @@ validation split is for choices, the test split for what is published.
 
 import itertools
 import random
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pandas as pd
@@ -52,6 +52,7 @@ CHOICES = {  # of draw_recipes, beside learning rate and weight decay
     "crop": (1, 2, 3, 4),
 }
 RECIPE = ["learning_rate", "weight_decay", *CHOICES]
+WHOLE = ("groups", "statistics_batch", "train_images", "parameters")  # columns of whole numbers, or without a number
 TYPES = {name: int if name in ("batch_size", "crop") else float for name in RECIPE}
 SETTING = ["optimizer", "net", "learning_rate", "weight_decay"]
 
@@ -339,8 +340,16 @@ SWEEPS = {
 
 
 def read_texts(path=RUNS):
-    """Return the rows of results/runs.csv with all values as text."""
-    return records.read_rows(path, texts=True)
+    """Return the rows of results/runs.csv with all values as text, those of settings as `Experiment.columns` has them.
+
+    A spreadsheet or pandas may have written 4.0 or 3E-05 for 4 or 3e-05.
+    """
+    rows = records.read_rows(path, texts=True)
+    kinds = {field.name: field.type for field in fields(Experiment)} | dict.fromkeys(WHOLE, int)
+    for name, kind in kinds.items():
+        if name in rows and kind in (int, float):
+            rows[name] = [records.number_text(text, kind) for text in rows[name]]
+    return rows
 
 
 def planned(sweep, rows):

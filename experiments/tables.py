@@ -163,6 +163,12 @@ def samples(runs, column="test_accuracy"):
     return {norm: own[column].to_numpy(float) for norm, own in runs.groupby("norm")}
 
 
+def moments(accuracies):
+    """Mean, standard deviation and number of test accuracies; the first two are nan where a run diverged."""
+    mean, std = (getattr(accuracies, name)(skipna=False) for name in ("mean", "std"))
+    return {"test accuracy": mean, "std": std, "n": len(accuracies)}
+
+
 def select(rows, **settings):
     """Select the rows that have these settings, a value each or several: select(rows, study="main")."""
     for name, value in settings.items():
@@ -268,7 +274,7 @@ def tuned(rows):
 def recipe_changes(rows):
     """Mean validation accuracy by norm and over norms, with the published settings changed one at a time, n = 3."""
     settings = ["augment", "weight_decay", "momentum", "label_smoothing", "warmup"]
-    table = select(rows, study="recipe").pivot_table("validation_accuracy", settings, "norm")
+    table = validation_means(select(rows, study="recipe"), [*settings, "norm"]).unstack()
     table = table[list(NORMS)].rename_axis(index=lambda name: name.replace("_", " "))
     return table.assign(mean=table.mean(axis=1)).sort_values(["augment", "mean"], ascending=[False, False])
 
@@ -301,7 +307,7 @@ def random_recipes(rows, search="search"):
         recipe = best[RECIPE].drop_duplicates().iloc[0]
         line = {"norm": norm} | {name.replace("_", " "): TYPES[name](value) for name, value in recipe.items()}
         line["validation"] = seeds.groupby(RECIPE)["validation_accuracy"].mean().max()
-        line |= {"test accuracy": best["test_accuracy"].mean(), "std": best["test_accuracy"].std(), "n": len(best)}
+        line |= moments(best["test_accuracy"])
         lines.append(line | {"overflow": f"{(tried['status'] == 'diverged').sum()} of {len(tried)}"})
     table = pd.DataFrame(lines).set_index("norm")
     return table.drop(columns="crop") if search == "search" else table  # without augmentation it plays no part
@@ -377,7 +383,7 @@ def optimizers(rows):
         line |= {"validation": validation[name, norm, rate, decay]}
         if line["validation"] <= CHANCE + 1:  # all settings are as good
             line |= {"learning rate": np.nan, "weight decay": np.nan}
-        line |= {"test accuracy": own["test_accuracy"].mean(), "std": own["test_accuracy"].std(), "n": len(own)}
+        line |= moments(own["test_accuracy"])
         lines.append(line | {"train accuracy": own["train_accuracy"].mean()})
     return pd.DataFrame(lines).set_index(["optimizer", "norm"])
 
@@ -510,9 +516,8 @@ def ridge_gaps(rows, thresholds=(0.5, 1.0, 2.0)):
 def spread(runs, keys):
     """Mean, lowest and highest test accuracy by `keys`, and the number of runs."""
     by_key = runs.groupby(keys, sort=False)["test_accuracy"]
-    return pd.DataFrame(
-        {"test accuracy": by_key.mean(), "lowest": by_key.min(), "highest": by_key.max(), "n": by_key.size()}
-    )
+    means, lowest, highest = by_key.mean(skipna=False), by_key.min(), by_key.max()
+    return pd.DataFrame({"test accuracy": means, "lowest": lowest, "highest": highest, "n": by_key.size()})
 
 
 def ghost_batches(rows):
@@ -653,7 +658,7 @@ def steps(rows):
     """Batch norm's leads by batch size and step, and the control's accuracy."""
     runs, keys = step_runs(rows), ["batch_size", "step"]
     table = leads(runs, keys)
-    table.insert(4, "none", select(runs, norm="none").groupby(keys)["test_accuracy"].mean())
+    table.insert(4, "none", select(runs, norm="none").groupby(keys)["test_accuracy"].mean(skipna=False))
     return table.reindex(STEPS.values(), level="step")
 
 
@@ -733,7 +738,7 @@ def parts(rows):
     seeds = tried.groupby(setting).filter(lambda own: len(own) == 3)
     runs = part_runs(rows).groupby(keys)
     table = pd.DataFrame({"held-out": validation_means(seeds, setting).groupby(level=keys).max()})
-    table["test accuracy"], table["std"] = runs["test_accuracy"].mean(), runs["test_accuracy"].std()
+    table["test accuracy"], table["std"] = runs["test_accuracy"].mean(skipna=False), runs["test_accuracy"].std()
     table["n"], table["train accuracy"] = runs.size(), runs["train_accuracy"].mean()
     return table.reindex([*ALL, *(name for name, _ in PART_CONTRASTS)], level="net")
 

@@ -21,8 +21,7 @@ along which it hardly changes.
 from dataclasses import replace
 from typing import NamedTuple
 
-import pandas as pd
-
+from engine import records
 from experiments.variants import Experiment
 from utils import NETS, Settings
 
@@ -37,7 +36,7 @@ KEYS += ["learning_rate", "weight_decay"]
 
 def validation_means(rows, keys):
     """Return the mean validation accuracy by `keys`, columns of settings; nan where a run diverged."""
-    accuracy = pd.to_numeric(rows["validation_accuracy"], errors="coerce").rename("accuracy")
+    accuracy = records.numbers(rows, "validation_accuracy").rename("accuracy")
     return accuracy.groupby([rows[key] for key in keys]).agg(lambda values: values.mean(skipna=False))
 
 

@@ -1009,7 +1009,13 @@ def test_norms_that_are_compared_may_have_been_tuned():
     assert utils.compare(rows, [("batch", "layer")]).loc["batch minus layer", "points"] == 1.0
 
 
-def test_no_rows_are_not_summarized():
+def test_what_can_not_be_summarized_is_refused():
+    rows = rows_of("NetA", [86.0, 87.0])
+    refuses(
+        lambda: utils.summarize(rows + rows_of("NetA", [50.0], device="cpu")), "the rows hold a seed twice; give ea"
+    )
+    rows[1]["test_accuracy"] = "85,98"
+    refuses(lambda: utils.summarize(rows), "test_accuracy has what is no number: Unable to parse string '85,98'")
     refuses(lambda: utils.summarize([]), "rows are empty; give rows of results/runs.csv")
 
 

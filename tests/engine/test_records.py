@@ -254,6 +254,12 @@ def test_what_spreadsheets_write_is_read(tmp_path, content):
     assert len(records.read_rows(path)) == 1
 
 
+def test_a_named_index_is_written_as_columns(tmp_path):
+    path = tmp_path / "rows.csv"
+    records.upsert(path, pd.DataFrame({"seed": [1, 1, 2], "value": [1, 3, 5]}).groupby("seed").mean())
+    assert records.read_rows(path).to_dict("list") == {"seed": [1, 2], "value": [2.0, 5.0]}
+
+
 def test_numbers_are_written_short(tmp_path):
     """0.59 of float32 is 0.5899999737739563 in float64."""
     values = torch.tensor([0.59, 0.1])

@@ -182,6 +182,29 @@ def test_an_argument_is_refused(monkeypatch):
         figures.main(["--nonsense"])
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_what_needs_images_is_drawn_where_they_are_and_else_said(tmp_path, monkeypatch, capsys, there):
+    drawn = []
+    monkeypatch.setattr(figures, "ROOT", tmp_path)
+    monkeypatch.setattr(figures, "plot_rows", lambda: {"lead": None})
+    monkeypatch.setattr(figures, "plot_images", lambda: {"same": None, "cam": None})
+    monkeypatch.setattr(figures, "save_figure", lambda path, figure: drawn.append(path.name))
+    if there:
+        (tmp_path / "data" / "cifar-10-batches-py").mkdir(parents=True)
+    figures.main([])
+    assert drawn == (["lead.png", "same.png", "cam.png"] if there else ["lead.png"])
+    assert capsys.readouterr().out == (
+        "" if there else "img/same.png and cam.png stay as they are: they need CIFAR-10 in data/\n"
+    )
+
+
+def test_weights_of_another_net_end_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(figures, "plot_rows", lambda: models.NetA().load_state_dict(models.NetB().state_dict()))
+    with pytest.raises(SystemExit):
+        figures.main([])
+    assert "error: Error(s) in loading state_dict for NetA" in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("content", [None, "", "study,net\nmain,NetA\n", "study,net\nmain,Ne"])
 def test_rows_that_can_not_be_drawn_end_in_one_line(tmp_path, monkeypatch, capsys, content):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)

@@ -93,6 +93,21 @@ def test_published_rows_leave_nothing_to_run():
     assert not any(waits(sweep, rows) for sweep in last)
 
 
+@pytest.mark.parametrize("program", ["pandas", "a spreadsheet"])
+def test_a_file_that_another_program_saved_leaves_nothing_to_run(tmp_path, program):
+    path = tmp_path / "runs.csv"
+    if program == "pandas":
+        pd.read_csv(sweeps.RUNS).to_csv(path, index=False)  # 4 among empty cells becomes 4.0
+    else:
+        rows = pd.read_csv(sweeps.RUNS, dtype=str, keep_default_na=False)
+        for name in ("learning_rate", "weight_decay", "momentum"):
+            rows[name] = [f"{float(text):E}" for text in rows[name]]
+        rows.to_csv(path, index=False)
+    assert path.read_bytes() != sweeps.RUNS.read_bytes()
+    settings = list(Experiment().columns())
+    pd.testing.assert_frame_equal(sweeps.read_texts(path)[settings], sweeps.read_texts()[settings])
+
+
 def test_rows_from_before_a_column_count_as_finished():
     rows = rows_of("recipe", sweeps.recipe(None))
     assert missing("recipe", rows) == []
