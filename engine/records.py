@@ -505,9 +505,9 @@ def _check_progress(fingerprint, history, state, steps_per_epoch):
 
 def _check_form(value, like, name):
     if isinstance(value, torch.Tensor) and isinstance(like, torch.Tensor):
-        form, wanted = ((tuple(x.shape), x.dtype, x.layout, x.is_meta) for x in (value, like))
+        form, wanted = ((tuple(x.shape), x.dtype, x.layout, x.is_meta, x.requires_grad) for x in (value, like))
     elif isinstance(value, dict) and isinstance(like, dict):
-        form, wanted = set(value), set(like)
+        form, wanted = list(value), list(like)
     else:
         form, wanted = type(value), type(like)
     if form != wanted:
@@ -575,7 +575,7 @@ def code_commit(default="unknown"):
         git(ROOT, "ls-files", "--error-unmatch", "models.py", "engine/records.py")
         ours = Path(git(ROOT, "rev-parse", "--show-toplevel")).samefile(ROOT)
         changed = git(ROOT, "status", "--porcelain", "--untracked-files=no", "--", "*.py")
-        commit = git(ROOT, "rev-parse", "--short", "HEAD") + ("+" if changed else "") if ours else default
+        commit = git(ROOT, "rev-parse", "--short=7", "HEAD") + ("+" if changed else "") if ours else default
     except (OSError, subprocess.CalledProcessError):
         commit = default
     return _commit or commit

@@ -63,13 +63,12 @@ def naming(path):
 
 def prepare(path):
     """Return the folder to run into, resolved and empty. Refused for one with files, unless it is FOLDER."""
-    folder = files.output_folder(path)
-    if folder == FOLDER:
+    folder = files.output_folder(path, create=False)
+    if folder == FOLDER and folder.exists():
         shutil.rmtree(folder)
-        files.output_folder(folder)
     elif any(one.is_file() for one in folder.rglob("*")):
         raise Refused(f"{folder} holds files, which would mix with the run's; name a new folder")
-    return folder
+    return files.output_folder(folder)
 
 
 def execute(folder):

@@ -1225,6 +1225,8 @@ INCONSISTENT = {
     "no momentum": put({}, "state", "optimizer"),
     "a missing momentum": lambda saved: saved["state"]["optimizer"].pop(0),
     "a momentum of another shape": convert(lambda value: value[:1], "state", "optimizer", 0, "momentum_buffer"),
+    "momenta in another order": convert(lambda momenta: dict(reversed(momenta.items())), "state", "optimizer"),
+    "a weight with a gradient": convert(lambda weight: weight.requires_grad_(), *C1),
     "a momentum of another name": lambda saved: saved["state"]["optimizer"][0].update(
         other=saved["state"]["optimizer"][0].pop("momentum_buffer")
     ),
