@@ -13,6 +13,7 @@ from torch import nn
 import models
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")  # of a module
+OURS = (models.Net, models.NetA, models.NetB, models.NetC, models.ScaleShift)
 
 
 def pick_precision(device):
@@ -35,12 +36,12 @@ def reason_against_copy(net):
     """Return why a copy can't train for `net`, in a few words, or "" where it can.
 
     A copy, a CUDA graph and a checkpoint hold parameters and buffers, and would lose what else a net changes. Of
-    PyTorch's classes and those of `models` it is known that they change nothing else. Any other class says so by an
-    attribute of its own, which its subclasses don't inherit: ``state_in_buffers = True``.
+    PyTorch's classes and OURS it is known that they change nothing else. Any other class says so by an attribute of
+    its own, which its subclasses don't inherit: ``state_in_buffers = True``.
     """
     for name, module in net.named_modules():
         cls, name = type(module), name or "net"
-        stock = cls in vars(models).values() or cls.__module__.startswith("torch.nn.modules.")
+        stock = cls in OURS or cls.__module__.startswith("torch.nn.modules.")
         stock = cls is nn.BatchNorm2d or (stock and not any(True for _ in module.buffers(recurse=False)))
         if not stock and not vars(cls).get("state_in_buffers", False):
             return f"{name} is a {cls.__name__}, which does not say state_in_buffers = True"
@@ -78,7 +79,7 @@ def low_precision_copy(net, dtype):
         setattr(copied, name, buffer)
     if type(net).forward is not models.Net.forward:
         return copied
-    for (name, conv), (next_name, pool) in itertools.pairwise(list(copied.named_children())):
+    for (name, conv), (next_name, pool) in itertools.pairwise(list(copied._modules.items())):
         plain = type(conv) is nn.Conv2d and equals(conv, nn.Conv2d(conv.in_channels, conv.out_channels, 1))
         if plain and equals(pool, nn.AvgPool2d(2)):
             copied.set_submodule(name, AvgPool2x2())  # what is called c3 is a pool from here on

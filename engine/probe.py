@@ -25,7 +25,7 @@ def eval_mode(net):
 def layer_table(net):
     """Tabulate the chain, a line per layer: what it is, its output (C, H, W) for a 32x32 image, its parameters."""
     lines, x = [], torch.zeros(1, 3, 32, 32)
-    for name, layer in copy.deepcopy(net).cpu().eval().named_children():
+    for name, layer in copy.deepcopy(net).cpu().eval()._modules.items():
         x = layer(x)
         kind = "3x3 conv, norm, SiLU" if isinstance(layer, nn.Sequential) else type(layer).__name__
         if isinstance(layer, nn.Conv2d):
@@ -85,7 +85,7 @@ def class_activation_maps(net, images):
     """
     x = normalize(images)
     with eval_mode(net):
-        for name, layer in net.named_children():
+        for name, layer in net._modules.items():
             if name != "GAP":
                 x = layer(x)
     return x

@@ -109,6 +109,17 @@ def test_a_forward_may_ask_for_group_norms_and_what_they_have():
     assert torch.allclose(fast.low_precision_copy(net, torch.float32)(images), net(images), rtol=1e-3, atol=1e-3)
 
 
+ACTIVATION = nn.Tanh()
+
+
+def insert(net, after):
+    """Insert modules after children of `net`, by their names."""
+    layers = dict(net._modules)
+    net._modules.clear()
+    for name, layer in layers.items():
+        net._modules |= {name: layer} | ({f"{name}_more": after[name]} if name in after else {})
+
+
 class Doubled(nn.GroupNorm):
     """A norm of one's own, in the form of a subclass."""
 
@@ -121,6 +132,7 @@ class Doubled(nn.GroupNorm):
 @pytest.mark.parametrize(
     "change",
     [
+        lambda net: insert(net, {"c3": ACTIVATION, "c7": ACTIVATION}),
         lambda net: setattr(net, "P1", nn.MaxPool2d(2)),
         lambda net: setattr(net, "P1", nn.AvgPool2d(2, divisor_override=1)),
         lambda net: setattr(net, "c3", nn.Sequential(net.c3, nn.SiLU())),

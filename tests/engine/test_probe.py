@@ -150,6 +150,14 @@ def test_the_mean_of_a_class_activation_map_is_the_logit(small, norm):
     assert maps.std((2, 3)).min() > 0
 
 
+def test_a_layer_that_is_there_twice_is_computed_twice(small):
+    net = models.NetA().eval()
+    net.P2 = net.P1
+    maps = class_activation_maps(net, small.test_images[:6])
+    torch.testing.assert_close(maps.mean((2, 3)), net(normalize(small.test_images[:6])))
+    assert list(layer_table(net).index) == list(models.CHAIN)
+
+
 def test_class_activation_maps_restore_the_modes(small):
     net, before = mixed_modes()
     class_activation_maps(net, small.test_images[:2])

@@ -524,6 +524,13 @@ def test_why_a_copy_can_not_train(change, reason):
     assert bool(reason) == bool(found)
 
 
+def test_a_norm_that_is_written_into_models_promises_for_itself(monkeypatch):
+    monkeypatch.setattr(models, "Centered", Centered, raising=False)
+    net = models.NetB(widths=NARROW)
+    net.C5.norm = models.Centered(8)
+    assert fast.reason_against_copy(net)
+
+
 def test_a_class_that_says_so_is_copied_and_keeps_its_buffers(small, monkeypatch):
     class Norm(models.ScaleShift):
         state_in_buffers = True
