@@ -112,9 +112,9 @@ def train(net, data, settings, label="", track=True, fused=None, checkpoint=None
     (seconds from the start, without pauses). Equal settings, machine, torch, Triton and threads give equal weights.
 
     ValueError, see `engine.trainer.Trainer`, also when the checkpoint is damaged or of another run, or might not hold
-    all that the net keeps, see `engine.fast.reason_against_copy`;
-    TypeError unless `net` is a models.Net; MemoryError when a batch takes more than the GPU has; FloatingPointError
-    when a gradient is not finite. A call with `checkpoint` that is interrupted leaves `net` as it was before.
+    all that the net keeps, see `engine.fast.reason_against_copy`; TypeError unless `net` is a models.Net; MemoryError
+    when a batch takes more than the GPU has; FloatingPointError when a gradient is not finite. A call with `checkpoint`
+    that is interrupted leaves `net` as it was before.
     """
     started = time.perf_counter()
     check_kind(net)
@@ -304,7 +304,7 @@ def summarize(rows):
     for name in ("train_accuracy", "test_accuracy", "seconds"):
         rows[name] = records.numbers(rows, name)
     keys = dict.fromkeys(["net", "norm", "study", "epochs", "augment", "parameters", *records.mixed_settings(rows)])
-    if rows.duplicated([*keys, "seed"]).any():
+    if rows.assign(seed=rows["seed"].astype(str)).duplicated([*keys, "seed"]).any():
         raise ValueError("the rows hold a seed twice; give each run once")
     rows["n"] = rows["seed"].where(rows[["train_accuracy", "test_accuracy"]].notna().any(axis=1))
     columns = {

@@ -13,7 +13,6 @@ from torch import nn
 import models
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")  # of a module
-OURS = (models.Net, models.NetA, models.NetB, models.NetC, models.ScaleShift)
 
 
 def pick_precision(device):
@@ -28,30 +27,33 @@ def pick_precision(device):
 
 
 def training_precision(net, device):
-    """Return the type of floating-point numbers that `net` is trained with on `device`."""
+    """Return the type of number that `net` is trained with on `device`. Float32 convolutions may use TF32 on a GPU."""
     return torch.float32 if reason_against_copy(net) else pick_precision(device)
 
 
 def reason_against_copy(net):
     """Return why a copy can't train for `net`, in a few words, or "" where it can.
 
-    A copy, a CUDA graph and a checkpoint hold parameters and buffers, and would lose what else a net changes. Of
-    PyTorch's classes and OURS it is known that they change nothing else. Any other class says so by an attribute of
-    its own, which its subclasses don't inherit: ``state_in_buffers = True``.
+    A copy, a CUDA graph and a checkpoint hold parameters and buffers; what else a net changes would be lost. These
+    change nothing else: the classes of models.py, PyTorch's modules without buffers, and BatchNorm2d. Any other class
+    must say ``state_in_buffers = True`` itself, since a subclass does not inherit it; CONTRIBUTING.md has what it
+    promises. Hooks, methods set on one module, and tensors that modules share are reasons against, too.
     """
+    ours = models.Net, models.NetA, models.NetB, models.NetC, models.ScaleShift
     for name, module in net.named_modules():
         cls, name = type(module), name or "net"
-        stock = cls in OURS or cls.__module__.startswith("torch.nn.modules.")
-        stock = cls is nn.BatchNorm2d or (stock and not any(True for _ in module.buffers(recurse=False)))
-        if not stock and not vars(cls).get("state_in_buffers", False):
+        known = cls in ours or cls.__module__.startswith("torch.nn.modules.")
+        if [*module.buffers(recurse=False)]:
+            known = cls is nn.BatchNorm2d and module.momentum is not None  # else its average needs the host
+        if not known and not vars(cls).get("state_in_buffers"):
             return f"{name} is a {cls.__name__}, which does not say state_in_buffers = True"
         if has_own_code(module):
-            return f"{name} has a hook, or a method of its own"
+            return f"{name} has a hook, is compiled, or has a method of its own"
     first = {}
-    for name, parameter in net.named_parameters(remove_duplicate=False):
-        if first.setdefault(parameter, name) != name:
-            return f"{first[parameter]} is {name}, too"
-        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+    for name, tensor in [*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False)]:
+        if first.setdefault(tensor, name) != name:
+            return f"{first[tensor]} is {name}, too"
+        if tensor._backward_hooks or tensor._post_accumulate_grad_hooks:
             return f"{name} has a hook"
     return ""
 
@@ -61,23 +63,24 @@ def low_precision_copy(net, dtype):
 
     It also shares modules with buffers, such as running averages; other norms are copied in `dtype`. c3 and c7, where
     they are plain, come after their pools: the same function for a quarter of the work. The parameters' order is that
-    of `net`. Only for nets without a `reason_against_copy`.
+    of `net`. Only for nets without a `reason_against_copy`; ValueError where an attribute can't be copied.
     """
-    copied = copy.deepcopy(net).to(dtype)
+    try:
+        copied = copy.deepcopy(net).to(dtype)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"net can't be copied: {str(error).splitlines()[0]}; remove what can't") from None
     shared = []  # modules with buffers, which are shared with all that is in them
-    for name, module in net.named_modules(remove_duplicate=False):  # two layers may share a norm
+    for name, module in net.named_modules():
         if any(name.startswith(f"{one}.") for one in shared):
             continue
-        if type(module) is nn.BatchNorm2d:
-            copied.set_submodule(name, module)
-        elif type(module) is nn.GroupNorm and module.bias is not None:
-            copied.set_submodule(name, ChannelsLastGroupNorm(module))
-        elif name and any(True for _ in module.buffers(recurse=False)):
+        if name and (type(module) is nn.BatchNorm2d or [*module.buffers(recurse=False)]):
             copied.set_submodule(name, module)
             shared.append(name)
+        elif type(module) is nn.GroupNorm and module.bias is not None:
+            copied.set_submodule(name, ChannelsLastGroupNorm(module))
     for name, buffer in net.named_buffers(recurse=False):
         setattr(copied, name, buffer)
-    if type(net).forward is not models.Net.forward:
+    if type(net).forward is not models.Net.forward or not computes(net, in_order, training=False):
         return copied
     for (name, conv), (next_name, pool) in itertools.pairwise(list(copied._modules.items())):
         plain = type(conv) is nn.Conv2d and equals(conv, nn.Conv2d(conv.in_channels, conv.out_channels, 1))
@@ -87,10 +90,32 @@ def low_precision_copy(net, dtype):
     return copied
 
 
+def in_order(net, x):
+    """Compute the logits of a net whose layers follow each other."""
+    return nn.Sequential.forward(net, x).flatten(1)
+
+
+@torch.no_grad()
+def computes(net, function, training=True):
+    """Return whether net(x) and function(net, x) are the same, by two random images and random weights.
+
+    So an edited models.py is seen, too. In training, a net with random layers is not the same as itself.
+    """
+    logits, device = [], net.c11.weight.device
+    for call in (lambda net, x: net(x), function):
+        generator, tried = torch.Generator().manual_seed(0), copy.deepcopy(net).train(training)
+        for parameter in tried.parameters():
+            size = parameter[0].numel() ** 0.5  # so that no activation grows beyond what SiLU bends
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / size)
+        images = torch.randn(2, net.C1.conv.in_channels, 32, 32, generator=generator)
+        logits.append(call(tried, images.to(device)))
+    return bool((logits[0] - logits[1]).norm() <= 1e-4 * logits[0].norm())
+
+
 def has_own_code(module):
     """Return whether a module has hooks, is compiled, or has a method that was set on it alone."""
-    methods = any(callable(getattr(type(module), name, None)) for name in vars(module))
-    return methods or module._compiled_call_impl is not None or any(getattr(module, name) for name in HOOKS)
+    hides = any(callable(getattr(type(module), name, None)) for name in vars(module))  # a method of the class
+    return hides or module._compiled_call_impl is not None or any(getattr(module, name) for name in HOOKS)
 
 
 def equals(module, stock):

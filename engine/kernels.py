@@ -47,6 +47,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import nn
@@ -723,6 +724,7 @@ TILES = {
 }
 SAME_TILES = {"C6": "C5", "C10": "C9"}  # layers whose tiles are those of another of the same sizes
 SIDES = {"C1": 32, "C2": 32, "C4": 16, "C5": 16, "C6": 16, "C8": 8, "C9": 8, "C10": 8}
+LAYERS = ["C1", "C2", "c3", "P1", "C4", "C5", "C6", "c7", "P2", "C8", "C9", "C10", "GAP", "c11"]
 SIDE_STREAM = ("add most partials", "split gradients", "track statistics")  # launches that run beside others
 POINTWISE_BEFORE = {"C4": "c3", "C8": "c7"}  # the 1x1 convolution before each, after a 2x2 pool
 COMPOSE_BLOCK, REDUCE_BLOCK = 256, 64  # elements of a program of compose_weights and of add_partials
@@ -738,7 +740,7 @@ def reason_against(net):
     alike = type(net).forward is models.Net.forward and list(modules) == list(stock)
     alike = alike and all([*module.children()] or fast.equals(module, stock[name]) for name, module in modules.items())
     parameters, wanted = ([name for name, _ in one.named_parameters() if ".norm." not in name] for one in (net, twin))
-    if not alike or parameters != wanted:
+    if not alike or parameters != wanted or list(net._modules) != LAYERS:
         return "its layers are not those of models.Net with SiLU, for three colors"
     for name in SIDES:
         norm = net.get_submodule(name).norm
@@ -746,13 +748,29 @@ def reason_against(net):
             return f"there is no kernel for {type(norm).__name__}"
         if norm.weight is None:
             return "its norms have no scale and shift"
-        if isinstance(norm, nn.BatchNorm2d) and norm.momentum is None:
-            return "its batch norm averages over all batches alike"
+    if not fast.computes(net, chain):
+        return "models.py was edited, which the kernels don't see"
     if not all(parameter.requires_grad for parameter in net.parameters()):
         return "some of its parameters are frozen"
     if max(net.widths) > 32 or net.c11.out_channels > 128:
         return "it has layers of more than 32 channels, or more than 128 classes"
     return ""
+
+
+def chain(net, x):
+    """Compute what the kernels do by PyTorch's functions, with the net's norms."""
+    for name, layer in net._modules.items():
+        if name in SIDES:
+            x, norm = F.conv2d(x, layer.conv.weight, padding=1), layer.norm
+            control = isinstance(norm, models.ScaleShift)
+            x = F.silu(x * norm.weight.view(-1, 1, 1) + norm.bias.view(-1, 1, 1) if control else norm(x))
+        elif name in ("P1", "P2"):
+            x = F.avg_pool2d(x, 2)
+        elif name == "GAP":
+            x = x.mean((2, 3), keepdim=True)
+        else:
+            x = F.conv2d(x, layer.weight, layer.bias)
+    return x.flatten(1)
 
 
 def without_norms(net):

@@ -46,14 +46,15 @@ def upsert(path, rows, key=None):
     key  column or columns that every new row has, by default all but NON_KEY_COLUMNS. An old row without one counts as
          having "" there. A dict, {column: value}, replaces the old rows that have these values, even by none
 
-    Values are written as given, so round floats first; None and nan as "". Several processes may write at a time.
+    Values are written as given, so round floats first; None and nan as ""; a named index of a DataFrame as a column.
+    Several processes may write at a time.
     ValueError, which leaves the file, for rows that would not be read as they are given.
     """
     key = [key] if isinstance(key, str) else key
     if isinstance(rows, pd.DataFrame):  # not to_dict: it makes 0.5899999737739563 of float32 0.59
         for name in rows.columns[rows.columns.duplicated()]:
             raise ValueError(f"{path}: new rows have two columns {name!r}; give each once")
-        rows = rows if rows.index.names == [None] else rows.reset_index()
+        rows = rows.reset_index([name for name in rows.index.names if name is not None])
         columns = [rows[name].to_numpy() for name in rows]
         rows = [dict(zip(rows, row, strict=True)) for row in zip(*columns, strict=True)]
     rows = [rows] if isinstance(rows, dict) else rows
@@ -243,7 +244,7 @@ def statistics_columns(norm, groups, batch_size):
 
 def table_of(rows):
     """Return rows of results/runs.csv as a DataFrame; ValueError when there is none."""
-    if (table := pd.DataFrame(rows)).empty:
+    if (table := pd.DataFrame(rows).replace("", np.nan)).empty:  # as in rows that were read
         raise ValueError("rows are empty; give rows of results/runs.csv")
     return table
 
@@ -256,14 +257,14 @@ def history_table(runs):
 
 
 def numbers(rows, name):
-    """Return a column of rows as numbers, nan where there is none: of a run that diverged, or on the other split.
+    """Return a column of rows as numbers; nan where it is empty, as the accuracy of a run that diverged.
 
-    ValueError for another text.
+    ValueError for a text that is no number.
     """
     try:
         return pd.to_numeric(rows[name].replace("", None))
     except ValueError as error:
-        raise ValueError(f"{name} has what is no number: {error}; mend it") from None
+        raise ValueError(f"{name} holds a text that is no number: {error}; mend it") from None
 
 
 def mixed_settings(rows):

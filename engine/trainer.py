@@ -145,8 +145,8 @@ class Trainer:
     fused    whether to take the step of engine.kernels, see `takes_fused_step`
     stream   number of the CUDA stream: nets that train at the same time need one each
     TypeError for another kind of net, or of c11; ValueError when a batch is larger than the training split, the net has
-    fewer classes than the data, or a parameter is frozen or not float32. Nets with random layers do not resume bit for
-    bit.
+    fewer classes than the data, a parameter is frozen or not float32, or the net can't be copied; in a step, when a
+    parameter gets no gradient, or is made or removed. Nets with random layers do not resume bit for bit.
     """
 
     def __init__(self, net, data, settings, fused=None, capture=True, stream=0):
@@ -165,12 +165,14 @@ class Trainer:
                 raise ValueError(f"{name} is {state}; give a net whose parameters are all float32 and trained")
         check_input(net)
         net.to(device, memory_format=torch.channels_last).train()
-        as_it_is = fast.reason_against_copy(net)
+        as_it_is = bool(reason := fast.reason_against_copy(net))
+        if as_it_is:
+            print_once(f"training in float32, step by step: {reason}")
         self.dtype = fast.training_precision(net, device)
-        self.loss_scale = 1 if as_it_is else LOSS_SCALE
+        self.loss_scale = 1 if as_it_is else LOSS_SCALE  # code of its own sees the gradients as they are
         self.diverged = torch.zeros((), device=device)  # 1 from the first step on whose gradients are not finite
         self.fused, self.model, self.copied = None, None, []
-        if takes_fused_step(net, device, fused):
+        if (fused or not as_it_is) and takes_fused_step(net, device, fused):
             from engine import kernels
 
             images, labels = data.images.contiguous(), data.labels.contiguous()
@@ -183,7 +185,7 @@ class Trainer:
             self.model = fast.low_precision_copy(net, self.dtype)
             pairs = zip(self.model.parameters(), net.parameters(), strict=True)
             self.copied = [(low, master) for low, master in pairs if low is not master]
-        self.trained = [*self.model.parameters()] if self.model else []
+        self.trained = [*self.model.parameters()] if self.model else []  # a step may not make or remove one
         total_steps = self.steps_per_epoch * settings.epochs
         self.learning_rates = schedule(total_steps, settings.learning_rate, settings.warmup, device)
         self.lr = self.learning_rates[0].clone()

@@ -163,7 +163,7 @@ def plot_budget(rows):
         runs = tables.budget(rows, column)
         for norm, aside in zip(NORMS, (0.98, 1, 1.02), strict=True):  # so that no point hides another
             own = select(runs, norm=norm)
-            line = own.groupby(column)["test_accuracy"].mean()
+            line = own.groupby(column)["test_accuracy"].mean(skipna=False)
             axis.scatter(own[column] * aside, own["test_accuracy"], s=14, color=COLORS[norm], alpha=0.6, linewidth=0)
             axis.plot(line.index * aside, line, color=COLORS[norm], label=LABELS[norm])
         axis.set(xscale="linear" if column == "parameters" else "log", title=label)
@@ -406,12 +406,12 @@ def main(arguments=None):
             figures |= plot_images()
         else:
             print("img/same.png and cam.png stay as they are: they need CIFAR-10 in data/")
+        for name, figure in figures.items():
+            save_figure(ROOT / "img" / f"{name}.png", figure)
     except KeyError as error:
         parser.error(f"there is no column {error}")
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: weights of another net
-        parser.error(str(error).splitlines()[0])
-    for name, figure in figures.items():
-        save_figure(ROOT / "img" / f"{name}.png", figure)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ CHOICES = {  # of draw_recipes, beside learning rate and weight decay
     "crop": (1, 2, 3, 4),
 }
 RECIPE = ["learning_rate", "weight_decay", *CHOICES]
-WHOLE = ("groups", "statistics_batch", "train_images", "parameters")  # columns of whole numbers, or without a number
+WHOLE = ("groups", "statistics_batch", "train_images")  # columns that hold a whole number or nothing
 TYPES = {name: int if name in ("batch_size", "crop") else float for name in RECIPE}
 SETTING = ["optimizer", "net", "learning_rate", "weight_decay"]
 

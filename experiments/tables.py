@@ -165,7 +165,7 @@ def samples(runs, column="test_accuracy"):
 
 def moments(accuracies):
     """Mean, standard deviation and number of test accuracies; the first two are nan where a run diverged."""
-    mean, std = (getattr(accuracies, name)(skipna=False) for name in ("mean", "std"))
+    mean, std = accuracies.mean(skipna=False), accuracies.std(skipna=False)
     return {"test accuracy": mean, "std": std, "n": len(accuracies)}
 
 
@@ -199,7 +199,7 @@ def results(rows, study="main"):
             "test accuracy": test.mean(),
             "std": test.std(ddof=1) if len(test) > 1 else np.nan,
             "n": len(test),
-            "train accuracy": runs["train_accuracy"].mean(),
+            "train accuracy": runs["train_accuracy"].mean(skipna=False),
             "seconds per run": runs["seconds"].median(),
         }
     return pd.DataFrame.from_dict(lines, "index").reindex(NORMS).rename_axis("norm")
@@ -306,7 +306,7 @@ def random_recipes(rows, search="search"):
         tried, seeds, best = (select(rows, study=f"{search}{part}", norm=norm) for part in ("", "-seeds", "-best"))
         recipe = best[RECIPE].drop_duplicates().iloc[0]
         line = {"norm": norm} | {name.replace("_", " "): TYPES[name](value) for name, value in recipe.items()}
-        line["validation"] = seeds.groupby(RECIPE)["validation_accuracy"].mean().max()
+        line["validation"] = validation_means(seeds, RECIPE).max()
         line |= moments(best["test_accuracy"])
         lines.append(line | {"overflow": f"{(tried['status'] == 'diverged').sum()} of {len(tried)}"})
     table = pd.DataFrame(lines).set_index("norm")
@@ -345,7 +345,7 @@ def both_gpus(rows):
     """The earlier recipe's runs on two kinds of GPU: how many, and how many have the same test accuracy on both."""
     keys = ["norm", "seed"]
     here, there = (select(rows, study=study).set_index(keys)["test_accuracy"] for study in ("main-500", "main-h100"))
-    return pd.DataFrame({"runs": here.groupby("norm").size(), "alike": (here == there).groupby("norm").sum()})
+    return pd.DataFrame({"runs": here.groupby("norm").size(), "alike": here.eq(there).groupby("norm").sum()})
 
 
 def cost(rows):
@@ -384,7 +384,7 @@ def optimizers(rows):
         if line["validation"] <= CHANCE + 1:  # all settings are as good
             line |= {"learning rate": np.nan, "weight decay": np.nan}
         line |= moments(own["test_accuracy"])
-        lines.append(line | {"train accuracy": own["train_accuracy"].mean()})
+        lines.append(line | {"train accuracy": own["train_accuracy"].mean(skipna=False)})
     return pd.DataFrame(lines).set_index(["optimizer", "norm"])
 
 
@@ -395,7 +395,7 @@ def optimizer_leads(rows):
     """
     of = {OPTIMIZERS[name]: samples(runs) for name, runs in optimizer_runs(rows).groupby("optimizer")}
     of = {
-        name: {norm: own[norm] for norm in ALL if norm in own and own[norm].mean() > CHANCE + 1}
+        name: {norm: own[norm] for norm in ALL if norm in own and not own[norm].mean() <= CHANCE + 1}
         for name, own in of.items()
     }
     lines = []
@@ -516,7 +516,7 @@ def ridge_gaps(rows, thresholds=(0.5, 1.0, 2.0)):
 def spread(runs, keys):
     """Mean, lowest and highest test accuracy by `keys`, and the number of runs."""
     by_key = runs.groupby(keys, sort=False)["test_accuracy"]
-    means, lowest, highest = by_key.mean(skipna=False), by_key.min(), by_key.max()
+    means, lowest, highest = (by_key.agg(name, skipna=False) for name in ("mean", "min", "max"))
     return pd.DataFrame({"test accuracy": means, "lowest": lowest, "highest": highest, "n": by_key.size()})
 
 
@@ -738,8 +738,8 @@ def parts(rows):
     seeds = tried.groupby(setting).filter(lambda own: len(own) == 3)
     runs = part_runs(rows).groupby(keys)
     table = pd.DataFrame({"held-out": validation_means(seeds, setting).groupby(level=keys).max()})
-    table["test accuracy"], table["std"] = runs["test_accuracy"].mean(skipna=False), runs["test_accuracy"].std()
-    table["n"], table["train accuracy"] = runs.size(), runs["train_accuracy"].mean()
+    table["test accuracy"], table["std"] = (runs["test_accuracy"].agg(name, skipna=False) for name in ("mean", "std"))
+    table["n"], table["train accuracy"] = runs.size(), runs["train_accuracy"].mean(skipna=False)
     return table.reindex([*ALL, *(name for name, _ in PART_CONTRASTS)], level="net")
 
 
@@ -816,7 +816,7 @@ def augmentation(rows):
     runs = runs.assign(gap=runs["train_accuracy"] - runs["test_accuracy"])
     keys = ["augment", "weight_decay"]
     table = leads(runs, keys)
-    gaps = runs.pivot_table(index=keys, columns="norm", values="gap")[list(NORMS)]
+    gaps = runs.groupby([*keys, "norm"])["gap"].mean(skipna=False).unstack()[list(NORMS)]
     table = table.join(gaps.add_suffix(", train minus test"))
     return table.reindex(["none", "flip", "flip+crop"], level=0).rename_axis(["augmentation", "weight decay"])
 

@@ -1009,13 +1009,20 @@ def test_norms_that_are_compared_may_have_been_tuned():
     assert utils.compare(rows, [("batch", "layer")]).loc["batch minus layer", "points"] == 1.0
 
 
+def test_rows_from_memory_and_from_a_file_are_of_one_setting():
+    old = rows_of("NetA", [86.0, 87.0], layer_variant=math.nan)
+    new = [row | {"seed": row["seed"] + 2} for row in rows_of("NetA", [86.0, 87.0], layer_variant="")]
+    assert utils.summarize(old + new)["n"].tolist() == [4]
+
+
 def test_what_can_not_be_summarized_is_refused():
     rows = rows_of("NetA", [86.0, 87.0])
     refuses(
-        lambda: utils.summarize(rows + rows_of("NetA", [50.0], device="cpu")), "the rows hold a seed twice; give ea"
+        lambda: utils.summarize([*rows, row_of("NetA", 0, 50.0, device="cpu")]),
+        "the rows hold a seed twice;",
     )
     rows[1]["test_accuracy"] = "85,98"
-    refuses(lambda: utils.summarize(rows), "test_accuracy has what is no number: Unable to parse string '85,98'")
+    refuses(lambda: utils.summarize(rows), "test_accuracy holds a text that is no number: Unable")
     refuses(lambda: utils.summarize([]), "rows are empty; give rows of results/runs.csv")
 
 

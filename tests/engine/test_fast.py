@@ -152,6 +152,49 @@ def test_a_changed_net_is_copied_as_it_is(change):
     assert fast.low_precision_copy(net, torch.bfloat16)(images.bfloat16()).dtype == torch.bfloat16
 
 
+class Around(nn.Module):
+    """Has a buffer and a group norm."""
+
+    state_in_buffers = True
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.GroupNorm(4, 24)
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x):
+        return self.inner(x.float()).to(x.dtype)
+
+
+class WithBuffer(models.NetB):
+    state_in_buffers = True
+
+
+def test_what_has_buffers_is_the_nets_own_with_all_that_is_in_it():
+    net = WithBuffer()
+    net.C5.norm = Around()
+    net.register_buffer("steps", torch.zeros(()))
+    assert not fast.reason_against_copy(net)
+    copied = fast.low_precision_copy(net, torch.bfloat16)
+    assert copied(torch.randn(8, 3, 32, 32).bfloat16()).dtype == torch.bfloat16
+    assert copied.steps is net.steps
+    assert copied.C5.norm is net.C5.norm
+    assert type(net.C5.norm.inner) is nn.GroupNorm
+
+
+def test_an_edited_forward_is_copied_as_it_is(monkeypatch):
+    """As if models.py said so."""
+
+    def forward(net, x):
+        for name, layer in net.named_children():
+            x = layer(x).relu() if name == "c3" else layer(x)
+        return x.flatten(1)
+
+    monkeypatch.setattr(models.Net, "forward", forward)
+    net, images = models.NetB(), torch.randn(8, 3, 32, 32)
+    assert torch.allclose(fast.low_precision_copy(net, torch.float32)(images), net(images), rtol=1e-3, atol=1e-3)
+
+
 def test_precision_is_what_the_device_computes_with(monkeypatch):
     cuda = torch.device("cuda")
     for capability, dtype in (((6, 1), torch.float32), ((7, 0), torch.float16), ((9, 0), torch.float16)):

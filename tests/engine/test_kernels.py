@@ -255,7 +255,7 @@ def test_a_net_that_the_kernels_do_not_compute_is_turned_down_with_a_reason():
     cases = {
         "no kernel for InstanceNorm2d": changed(lambda net: setattr(net.C4, "norm", torch.nn.InstanceNorm2d(24))),
         "no scale and shift": changed(lambda net: setattr(net.C4, "norm", torch.nn.BatchNorm2d(24, affine=False))),
-        "averages over all": changed(lambda net: setattr(net.C4.norm, "momentum", None)),
+        "C4.norm is a BatchNorm2d, which does": changed(lambda net: setattr(net.C4.norm, "momentum", None)),
         "layers are not those": changed(lambda net: setattr(net.C4, "activation", torch.nn.ReLU())),
         "three colors": models.Net("batch", in_channels=1),
         "layers are not those of": changed(lambda net: setattr(net, "P1", torch.nn.AvgPool2d(2, divisor_override=1))),
@@ -275,5 +275,16 @@ def test_a_net_that_the_kernels_do_not_compute_is_turned_down_with_a_reason():
     }
     for reason, net in cases.items():
         assert reason in kernels.reason_against(net)
+    forward = models.Net.forward
+    edits = [
+        (torch.nn, "SiLU", torch.nn.ReLU),
+        (torch.nn, "AvgPool2d", torch.nn.MaxPool2d),
+        (models.Net, "forward", lambda net, x: forward(net, x) + x.mean()),
+        (models.ScaleShift, "forward", lambda norm, x: x * norm.weight[0]),
+    ]
+    for edit in edits:  # as if models.py said so
+        with pytest.MonkeyPatch.context() as edited:
+            edited.setattr(*edit)
+            assert kernels.reason_against(models.Net("none")) == "models.py was edited, which the kernels don't see"
         with pytest.raises(ValueError, match=reason):
             kernels.FusedNet(net, images, labels, 1)

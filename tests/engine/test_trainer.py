@@ -22,7 +22,7 @@ import models
 import utils
 from engine import fast
 from engine.data import normalize
-from engine.trainer import OPTIMIZERS, Trainer, schedule, takes_fused_step
+from engine.trainer import OPTIMIZERS, Trainer, print_once, schedule, takes_fused_step
 from utils import Settings
 
 SHORT = Settings(epochs=2, batch_size=100)
@@ -468,20 +468,24 @@ OWN_CODE = {  # what a user may do to a net, by name; each is called with a NetB
     "running averages of instance norm": lambda net: setattr(
         net.C5, "norm", nn.InstanceNorm2d(8, affine=True, track_running_stats=True)
     ),
+    "buffers of two modules": lambda net: setattr(
+        net, "GAP", nn.Sequential(net.GAP, *2 * [nn.BatchNorm2d(8, affine=False)])
+    ),
     "a buffer more": lambda net: net.C5.norm.register_buffer("steps", torch.zeros(())),
 }
 
 
 @pytest.mark.parametrize("kind", OWN_CODE)
-def test_a_net_with_code_of_its_own_trains_as_in_a_plain_loop(small, monkeypatch, kind):
+def test_a_net_with_code_of_its_own_trains_as_in_a_plain_loop(small, monkeypatch, capsys, kind):
     monkeypatch.setattr(fast, "pick_precision", lambda device: torch.bfloat16)  # of other nets
     settings = Settings(optimizer="sgd", learning_rate=0.05, momentum=0.9, epochs=1, batch_size=100, weight_decay=0)
     net, plain = (utils.build("NetB", settings, widths=NARROW).train() for _ in range(2))
     for one in (net, plain):
         torch.manual_seed(1)
         OWN_CODE[kind](one)
-    assert fast.reason_against_copy(net)
+    print_once.cache_clear()
     trainer = Trainer(net, small, settings)
+    assert capsys.readouterr().out == f"training in float32, step by step: {fast.reason_against_copy(net)}\n"
     optimizer, before = torch.optim.SGD(plain.parameters(), 0.05, 0.9, nesterov=True), weights(net)
     for step, _ in enumerate(trainer.epoch()):
         indices = trainer.order[step]
@@ -491,6 +495,7 @@ def test_a_net_with_code_of_its_own_trains_as_in_a_plain_loop(small, monkeypatch
         optimizer.param_groups[0]["lr"] = trainer.learning_rates[step].item()
         optimizer.step()
     assert (weights(net) - weights(plain)).norm() < 0.001 * (weights(plain) - before).norm()
+    torch.testing.assert_close(dict(net.named_buffers()), dict(plain.named_buffers()))
     for name in ("calls", "mean"):
         for first, second in zip(net.modules(), plain.modules(), strict=True):
             torch.testing.assert_close(vars(first).get(name), vars(second).get(name))
@@ -510,9 +515,10 @@ def declared(cls, *arguments):
         (lambda net: setattr(net.C5, "norm", declared(Centered, 8)), ""),
         (lambda net: setattr(net.C5, "norm", Centered(8)), "C5.norm is a Centered, which does not say state_in_buffer"),
         (lambda net: setattr(net.C5, "norm", type("Below", (type(declared(Centered, 8)),), {})(8)), "is a Below, whi"),
+        (lambda net: setattr(net.C5, "norm", nn.BatchNorm2d(8, momentum=None)), "C5.norm is a BatchNorm2d, which does"),
         (lambda net: setattr(net.C5, "norm", nn.SyncBatchNorm(8)), "C5.norm is a SyncBatchNorm, which does not say"),
         (lambda net: net.register_buffer("steps", torch.zeros(())), "net is a NetB, which does not say"),
-        (lambda net: setattr(net, "forward", print), "net has a hook, or a method of its own"),
+        (lambda net: setattr(net, "forward", print), "net has a hook, is compiled, or has a method of its own"),
         (lambda net: net.c11.weight.register_post_accumulate_grad_hook(print), "c11.weight has a hook"),
     ],
 )
@@ -552,6 +558,13 @@ def test_a_class_that_says_so_is_copied_and_keeps_its_buffers(small, monkeypatch
     assert trainer.model is not net
     assert trainer.dtype == torch.bfloat16
     assert net.C5.norm.mean.abs().min() > 0
+
+
+def test_a_net_that_can_not_be_copied_is_refused_in_one_line(small):
+    net = models.NetA(widths=NARROW)
+    net.last = net(torch.zeros(2, 3, 32, 32))
+    with pytest.raises(ValueError, match=r"^net can't be copied: [^\n]+; remove what can't$"):
+        Trainer(net, small, SHORT)
 
 
 class Lazy(nn.Module):

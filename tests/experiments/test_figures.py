@@ -198,13 +198,6 @@ def test_what_needs_images_is_drawn_where_they_are_and_else_said(tmp_path, monke
     )
 
 
-def test_weights_of_another_net_end_in_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(figures, "plot_rows", lambda: models.NetA().load_state_dict(models.NetB().state_dict()))
-    with pytest.raises(SystemExit):
-        figures.main([])
-    assert "error: Error(s) in loading state_dict for NetA" in capsys.readouterr().err.splitlines()[-1]
-
-
 @pytest.mark.parametrize("content", [None, "", "study,net\nmain,NetA\n", "study,net\nmain,Ne"])
 def test_rows_that_can_not_be_drawn_end_in_one_line(tmp_path, monkeypatch, capsys, content):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)

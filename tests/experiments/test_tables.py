@@ -16,16 +16,30 @@ ROWS = tables.read_results()
 NETS = {"NetA": "batch", "NetB": "layer", "NetC": "group", "Net": "none"}
 
 
-@pytest.mark.parametrize("table", [tables.ghost_batches, tables.groups, tables.layer_kinds, tables.parts, tables.steps])
-def test_no_mean_leaves_out_a_run_that_diverged(table):
-    studies = {"ghost_batches": "batch", "layer_kinds": "layer", "parts": "part", "steps": "step"}
-    study = studies.get(table.__name__, "groups")
+@pytest.mark.parametrize(
+    ("table", "study"),
+    [
+        (tables.ghost_batches, "batch"),
+        (tables.groups, "groups"),
+        (tables.layer_kinds, "layer"),
+        (tables.parts, "part"),
+        (tables.steps, "step"),
+    ],
+)
+def test_no_mean_leaves_out_a_run_that_diverged(table, study):
     whole = table(ROWS)
     name = "none" if table is tables.steps else "test accuracy"
     assert whole[name].notna().all()
     first = ROWS.index[(ROWS["study"] == study) & ((ROWS["norm"] == "none") | (table is not tables.steps))][0]
     changed = ROWS.assign(test_accuracy=ROWS["test_accuracy"].mask(ROWS.index == first))
     assert table(changed)[name].isna().sum() == 1
+
+
+def test_moments_leave_out_no_run_that_diverged():
+    moments = tables.moments(pd.Series([86.0, np.nan]))
+    assert np.isnan(moments["test accuracy"])
+    assert np.isnan(moments["std"])
+    assert moments["n"] == 2
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ from torch import nn
 
 import models
 import utils
+from engine import fast
 from engine.trainer import OPTIMIZERS, Trainer
 from experiments.sweeps import RUNS, SWEEPS, read_texts
-from experiments.variants import SIDES, DynamicTanh, Experiment, GhostBatchNorm, LayerNorm2d, RMSNorm
+from experiments.variants import LAYER_VARIANTS, SIDES, DynamicTanh, Experiment, GhostBatchNorm, LayerNorm2d, RMSNorm
 
 
 @pytest.mark.parametrize(
@@ -239,3 +240,17 @@ def test_every_optimizer_and_every_variant_trains(small, optimizer, variant):
             pass
         losses.append(trainer.means()[0])
     assert losses[-1] < losses[0] - (0.03 if variant.get("layer_variant") == "tanh" else 0.05)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        *({"net": "NetB", "layer_variant": kind} for kind in LAYER_VARIANTS),
+        {"net": "NetA", "statistics_batch": 5},
+        {"net": "NetC", "groups": "C"},
+        {"net": "Net", "convolution": "standardized"},
+    ],
+    ids=str,
+)
+def test_a_copy_can_train_every_variant(variant):
+    assert fast.reason_against_copy(Experiment(**variant).build()) == ""

@@ -108,9 +108,8 @@ def test_a_net_with_code_of_its_own_trains_step_by_step(data, capsys):
     for _ in trainer.epoch():
         pass
     assert net.C5.activation.calls == trainer.steps_per_epoch
-    assert capsys.readouterr().out == (
-        "training without the fused step: C5.activation is a Counting, which does not say state_in_buffers = True\n"
-    )
+    reason = "C5.activation is a Counting, which does not say state_in_buffers = True"
+    assert capsys.readouterr().out == f"training in float32, step by step: {reason}\n"
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

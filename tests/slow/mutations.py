@@ -129,7 +129,7 @@ MUTATIONS = [
     (
         "a failed call leaves the net's modes",
         "engine/records.py",
-        "            own.update(saved)\n",
+        "            module.training = mode\n",
         "            pass\n",
         f"{RECORDS}::test_a_failed_call_leaves_modes_and_gradients",
     ),
@@ -351,7 +351,7 @@ MUTATIONS = [
     (
         "a net with code of its own is trained as it is",
         "engine/fast.py",
-        '        if not stock and not vars(cls).get("state_in_buffers", False):\n',
+        '        if not known and not vars(cls).get("state_in_buffers"):\n',
         "        if False:\n",
         f"{TRAINER}::test_a_net_with_code_of_its_own_trains_as_in_a_plain_loop",
     ),
