@@ -1018,7 +1018,7 @@ def test_rows_from_memory_and_from_a_file_are_of_one_setting():
 def test_what_can_not_be_summarized_is_refused():
     rows = rows_of("NetA", [86.0, 87.0])
     refuses(
-        lambda: utils.summarize([*rows, row_of("NetA", 0, 50.0, device="cpu")]),
+        lambda: utils.summarize([*rows, row_of("NetA", 0, 50.0, device="cpu") | {"seed": "0"}]),
         "the rows hold a seed twice;",
     )
     rows[1]["test_accuracy"] = "85,98"
