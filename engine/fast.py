@@ -105,9 +105,9 @@ def computes(net, function, training=True):
     for call in (lambda net, x: net(x), function):
         generator, tried = torch.Generator().manual_seed(0), copy.deepcopy(net).train(training)
         for parameter in tried.parameters():
-            size = parameter[0].numel() ** 0.5  # so that no activation grows beyond what SiLU bends
+            size = parameter.shape[1:].numel() ** 0.5  # so that no activation grows beyond what SiLU bends
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / size)
-        images = torch.randn(2, net.C1.conv.in_channels, 32, 32, generator=generator)
+        images = torch.randn(2, 3, 32, 32, generator=generator)
         logits.append(call(tried, images.to(device)))
     return bool((logits[0] - logits[1]).norm() <= 1e-4 * logits[0].norm())
 

@@ -120,6 +120,19 @@ def insert(net, after):
         net._modules |= {name: layer} | ({f"{name}_more": after[name]} if name in after else {})
 
 
+class Gain(nn.Module):
+    """Multiply by a parameter without dimensions."""
+
+    state_in_buffers = True
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x):
+        return self.gain * x
+
+
 class Doubled(nn.GroupNorm):
     """A norm of one's own, in the form of a subclass."""
 
@@ -133,6 +146,8 @@ class Doubled(nn.GroupNorm):
     "change",
     [
         lambda net: insert(net, {"c3": ACTIVATION, "c7": ACTIVATION}),
+        lambda net: setattr(net, "C1", nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.SiLU())),
+        lambda net: setattr(net.C5, "norm", Gain()),
         lambda net: setattr(net, "P1", nn.MaxPool2d(2)),
         lambda net: setattr(net, "P1", nn.AvgPool2d(2, divisor_override=1)),
         lambda net: setattr(net, "c3", nn.Sequential(net.c3, nn.SiLU())),
