@@ -58,7 +58,7 @@ class Settings:
                 raise ValueError(f"{name} is {show(value)}; give a number from 0 to {high}")
             if value == 0 and name in ("learning_rate", "warmup", *["momentum"] * (self.optimizer in ("sgd", "sgdw"))):
                 raise ValueError(f"{name} is 0; give a number above 0")
-            object.__setattr__(self, name, value + 0)  # -0.0 is 0.0
+            object.__setattr__(self, name, float(value) + 0)  # -0.0 is 0.0
         for name, low in (("batch_size", 1), ("epochs", 1), ("seed", 0)):
             object.__setattr__(self, name, whole_number(name, getattr(self, name), low))
         object.__setattr__(self, "crop", whole_number("crop", self.crop, 0, 16))

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import ctypes
 import functools
+import inspect
 import itertools
 
 import torch
@@ -80,7 +81,7 @@ def low_precision_copy(net, dtype):
             copied.set_submodule(name, ChannelsLastGroupNorm(module))
     for name, buffer in net.named_buffers(recurse=False):
         setattr(copied, name, buffer)
-    if type(net).forward is not models.Net.forward or not computes(net, in_order, training=False):
+    if not runs_in_order(net):
         return copied
     for (name, conv), (next_name, pool) in itertools.pairwise(list(copied._modules.items())):
         plain = type(conv) is nn.Conv2d and equals(conv, nn.Conv2d(conv.in_channels, conv.out_channels, 1))
@@ -90,26 +91,20 @@ def low_precision_copy(net, dtype):
     return copied
 
 
-def in_order(net, x):
-    """Compute the logits of a net whose layers follow each other."""
-    return nn.Sequential.forward(net, x).flatten(1)
+def runs_in_order(net):
+    """Return whether the layers of `net` follow each other and nothing else is computed; not if models.py says more."""
+    return (
+        type(net).forward is models.Net.forward and body(models.Net.forward) == "return super().forward(x).flatten(1)"
+    )
 
 
-@torch.no_grad()
-def computes(net, function, training=True):
-    """Return whether net(x) and function(net, x) are the same, by two random images and random weights.
-
-    So an edited models.py is seen, too. In training, a net with random layers is not the same as itself.
-    """
-    logits, device = [], net.c11.weight.device
-    for call in (lambda net, x: net(x), function):
-        generator, tried = torch.Generator().manual_seed(0), copy.deepcopy(net).train(training)
-        for parameter in tried.parameters():
-            size = parameter.shape[1:].numel() ** 0.5  # so that no activation grows beyond what SiLU bends
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / size)
-        images = torch.randn(2, 3, 32, 32, generator=generator)
-        logits.append(call(tried, images.to(device)))
-    return bool((logits[0] - logits[1]).norm() <= 1e-4 * logits[0].norm())
+@functools.cache
+def body(function):
+    """Return the source of a function without its first line, "" where there is none."""
+    try:
+        return inspect.getsource(function).partition("\n")[2].strip()
+    except (OSError, TypeError):
+        return ""
 
 
 def has_own_code(module):

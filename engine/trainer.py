@@ -221,12 +221,23 @@ class Trainer:
         self.fused_state = kernels.StepState(self.fused, *state)
         launches = [*self.fused.launches(*self.fused_state.batch), *self.fused_state.launches()]
         self.update = self.optimizer.step
-        if isinstance(self.optimizer, Muon) and self.optimizer.direction is newton_schulz:
+        if (
+            isinstance(self.optimizer, Muon)
+            and self.optimizer.direction is newton_schulz
+            and self.has_the_kernels_groups()
+        ):
             self.update = kernels.MuonStep(self.fused, self.optimizer)
             launches.append(self.update.launch())
         if self.stream:
             with torch.cuda.device(self.stream.device):
                 kernels.compile_all(launches, self.fused.other_norms)
+
+    def has_the_kernels_groups(self):
+        """Return whether the parameter groups are those that the kernel of Muon takes: not of an edited models.py."""
+        groups = self.optimizer.param_groups
+        found = [(group["use_muon"], group["lr"], group["momentum"]) for group in groups]
+        known = [(use_muon, self.lr, self.settings.momentum) for use_muon in (True, False)]
+        return found == known and groups[1]["weight_decay"] == 0
 
     def step(self):
         """Take one training step; from the first step with a gradient that is not finite on, change no parameter."""

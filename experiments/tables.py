@@ -265,7 +265,7 @@ def tuned(rows):
     keys = ["batch_size", "norm", "learning_rate", "weight_decay"]
     best = validation_means(runs.groupby(keys).filter(lambda seeds: len(seeds) == 3), keys).groupby(keys[:2])
     table = best.max().unstack()[list(NORMS)]
-    table["mean"] = table.mean(axis=1)
+    table["mean"] = table.mean(axis=1, skipna=False)
     for norm, settings in best.idxmax().unstack()[list(NORMS)].items():
         table[f"{norm}: rate, decay"] = [f"{rate:g}, {decay:g}" for *_, rate, decay in settings]
     return table
@@ -276,7 +276,9 @@ def recipe_changes(rows):
     settings = ["augment", "weight_decay", "momentum", "label_smoothing", "warmup"]
     table = validation_means(select(rows, study="recipe"), [*settings, "norm"]).unstack()
     table = table[list(NORMS)].rename_axis(index=lambda name: name.replace("_", " "))
-    return table.assign(mean=table.mean(axis=1)).sort_values(["augment", "mean"], ascending=[False, False])
+    return table.assign(mean=table.mean(axis=1, skipna=False)).sort_values(
+        ["augment", "mean"], ascending=[False, False]
+    )
 
 
 def fused_step(rows):

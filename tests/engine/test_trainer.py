@@ -622,7 +622,7 @@ def test_a_scale_of_four_dimensions_is_no_convolution(small):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_kernels_take_the_steps_of_newton_schulz_alone(small, name):
+def test_kernels_take_the_steps_of_newton_schulz_alone(small, monkeypatch, name):
     """Made-up kernels: that of Muon knows no other direction."""
     state = types.SimpleNamespace(batch=(), launches=lambda: [])
     muon = types.SimpleNamespace(launch=lambda: None)
@@ -631,6 +631,15 @@ def test_kernels_take_the_steps_of_newton_schulz_alone(small, name):
     trainer.fused = types.SimpleNamespace(launches=lambda: [])
     trainer.prepare_fused_step(kernels)
     assert trainer.update == (muon if name in ("muon", "muon-one-rate") else trainer.optimizer.step)
+    groups = models.param_groups
+    for edit in ({"momentum": 0.5}, {"lr": 0.01}, {"weight_decay": 0.1}):  # as if models.py said so
+        monkeypatch.setattr(
+            models, "param_groups", lambda *options, edit=edit: [groups(*options)[0], groups(*options)[1] | edit]
+        )
+        trainer = Trainer(models.NetB(widths=NARROW), small, replace(SHORT, optimizer=name))
+        trainer.fused = types.SimpleNamespace(launches=lambda: [])
+        trainer.prepare_fused_step(kernels)
+        assert trainer.update == trainer.optimizer.step
 
 
 def test_the_fused_step_says_why_it_does_not_run(small, monkeypatch, capsys):

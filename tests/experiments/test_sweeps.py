@@ -108,6 +108,12 @@ def test_a_file_that_another_program_saved_leaves_nothing_to_run(tmp_path, progr
     pd.testing.assert_frame_equal(sweeps.read_texts(path)[settings], sweeps.read_texts()[settings])
 
 
+def test_a_whole_number_for_another_is_the_same_run(tmp_path):
+    one = Experiment(weight_decay=0, learning_rate=1)
+    records.upsert(tmp_path / "runs.csv", one.columns() | {"study": "recipe"})
+    assert sweeps.without_row("recipe", [one], sweeps.read_texts(tmp_path / "runs.csv")) == []
+
+
 def test_rows_from_before_a_column_count_as_finished():
     rows = rows_of("recipe", sweeps.recipe(None))
     assert missing("recipe", rows) == []
