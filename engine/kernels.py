@@ -742,8 +742,9 @@ def reason_against(net):
             return f"there is no kernel for {type(norm).__name__}"
         if type(norm) is models.ScaleShift and fast.body(models.ScaleShift.forward) != SCALE_SHIFT:
             return "ScaleShift was edited"
-        if norm.weight is None:
-            return "its norms have no scale and shift"
+        shapes = {own: tuple(parameter.shape) for own, parameter in norm.named_parameters()}
+        if shapes != dict.fromkeys(("weight", "bias"), (net.get_submodule(name).conv.out_channels,)):
+            return "its norms have no scale and shift for each channel"
     if not all(parameter.requires_grad for parameter in net.parameters()):
         return "some of its parameters are frozen"
     if max(net.widths) > 32 or net.c11.out_channels > 128:

@@ -227,7 +227,7 @@ def net_columns(net, batch_size):
         "norm": net.norm,
         **statistics_columns(net.norm, net.groups, batch_size),
         "widths": " ".join(map(str, net.widths)),
-        "activation": "SiLU",
+        "activation": type(net.C1.activation).__name__ if hasattr(net.C1, "activation") else "",
         "initial_weights": "",
         "convolution": "",
     }

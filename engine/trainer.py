@@ -221,11 +221,7 @@ class Trainer:
         self.fused_state = kernels.StepState(self.fused, *state)
         launches = [*self.fused.launches(*self.fused_state.batch), *self.fused_state.launches()]
         self.update = self.optimizer.step
-        if (
-            isinstance(self.optimizer, Muon)
-            and self.optimizer.direction is newton_schulz
-            and self.has_the_kernels_groups()
-        ):
+        if type(self.optimizer) is Muon and self.optimizer.direction is newton_schulz and self.has_the_kernels_groups():
             self.update = kernels.MuonStep(self.fused, self.optimizer)
             launches.append(self.update.launch())
         if self.stream:

@@ -254,6 +254,15 @@ def test_what_spreadsheets_write_is_read(tmp_path, content):
     assert len(records.read_rows(path)) == 1
 
 
+def test_a_row_names_the_activation_of_its_net():
+    net = utils.build("NetA", SETTINGS)
+    assert records.net_columns(net, 250)["activation"] == "SiLU"
+    net.C1.activation = nn.ReLU()
+    assert records.net_columns(net, 250)["activation"] == "ReLU"
+    net.C1 = nn.Conv2d(3, 16, 3, padding=1)
+    assert records.net_columns(net, 250)["activation"] == ""
+
+
 def test_a_named_index_is_written_as_columns(tmp_path):
     path = tmp_path / "rows.csv"
     records.upsert(path, pd.DataFrame({"seed": [1, 1, 2], "value": [1, 3, 5]}).groupby("seed").mean())

@@ -22,6 +22,7 @@ import models
 import utils
 from engine import fast
 from engine.data import normalize
+from engine.muon import Muon
 from engine.trainer import OPTIMIZERS, Trainer, print_once, schedule, takes_fused_step
 from utils import Settings
 
@@ -631,7 +632,13 @@ def test_kernels_take_the_steps_of_newton_schulz_alone(small, monkeypatch, name)
     trainer.fused = types.SimpleNamespace(launches=lambda: [])
     trainer.prepare_fused_step(kernels)
     assert trainer.update == (muon if name in ("muon", "muon-one-rate") else trainer.optimizer.step)
+    Own = type("Own", (Muon,), {})
+    monkeypatch.setitem(OPTIMIZERS, "own", lambda groups, lr, momentum, dtype: Own(groups, lr, momentum))
     groups = models.param_groups
+    trainer = Trainer(models.NetB(widths=NARROW), small, replace(SHORT, optimizer="own"))
+    trainer.fused = types.SimpleNamespace(launches=lambda: [])
+    trainer.prepare_fused_step(kernels)
+    assert trainer.update == trainer.optimizer.step
     for edit in ({"momentum": 0.5}, {"lr": 0.01}, {"weight_decay": 0.1}):  # as if models.py said so
         monkeypatch.setattr(
             models, "param_groups", lambda *options, edit=edit: [groups(*options)[0], groups(*options)[1] | edit]
