@@ -338,10 +338,9 @@ def compare(rows, pairs=(("batch", "layer"), ("batch", "group"), ("group", "laye
         if accuracy[norm].isna().any():
             raise ValueError(f"a row of {norm} norm has no test accuracy; leave out what diverged or was validated")
     rows = rows[rows["norm"].isin(accuracy)]
-    settings = [name for name in Settings.__dataclass_fields__ if name not in ("learning_rate", "weight_decay", "seed")]
-    settings += ["study", "dataset", "train_images", "split", "widths", "activation", "initial_weights", "convolution"]
-    for name in settings:
-        if name in rows and rows[name].fillna("").nunique() > 1:
+    of_norms = {"seed", "net", "norm", "learning_rate", "weight_decay", *records.statistics_columns("", 0, 0)}
+    for name in rows.columns.difference(records.NON_KEY_COLUMNS | of_norms, sort=False):
+        if rows[name].fillna("").nunique() > 1:
             raise ValueError(f"rows to compare differ in {name}: {', '.join(map(str, rows[name].unique()))}")
     lines = []
     for first, second in pairs:

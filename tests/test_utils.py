@@ -995,6 +995,7 @@ def test_comparison_is_in_percentage_points():
                 ("activation", "SiLU", "ReLU"),
                 ("initial_weights", math.nan, "orthogonal"),
                 ("convolution", math.nan, "depthwise"),
+                ("dropout", "0.0", "0.3"),
             ]
         ],
         ([], "rows are empty; give rows of results/runs.csv"),
