@@ -123,6 +123,9 @@ def train(net, data, settings, label="", track=True, fused=None, checkpoint=None
         fast.keep_memory()
     if checkpoint is not None and (reason := fast.reason_against_copy(net)):
         raise ValueError(f"{reason}; train without a checkpoint, or see CONTRIBUTING.md, A norm of your own")
+    if checkpoint is not None:
+        files.check_path(checkpoint)
+        checkpoint = Path(checkpoint).expanduser()
     net.to(device)
     history = []
     with contextlib.nullcontext() if checkpoint is None else records.restored_on_error(net):
@@ -224,6 +227,7 @@ def run(name, data, settings, study="main", track=True, checkpoints=None):
     net = build(name, settings, classes=len(data.classes))
     if checkpoints:
         files.check_path(checkpoints)
+        checkpoints = Path(checkpoints).expanduser()
         records.check_folder(Path(checkpoints).parent, settings_columns(name, net, data, settings, study), data)
     label = f"{name} {net.norm} norm, seed {settings.seed}" + (f" [{data.name}]" if data.synthetic else "")
     checkpoint = checkpoints and Path(checkpoints) / f"{name}-{settings.seed}.pt"
@@ -278,7 +282,8 @@ def save_runs(runs, data, folder):
     folder/checkpoints. ValueError, before anything is written, for a folder with runs of other data and for those that
     `engine.files.output_folder` refuses, such as a checkout with its published results.
     """
-    folder, results, runs = Path(folder), Path(folder) / "results", sorted(runs, key=lambda one: one.row["seed"])
+    folder, runs = Path(folder).expanduser(), sorted(runs, key=lambda one: one.row["seed"])
+    results = folder / "results"
     records.check_runs(runs, data, folder)
     first, name, seeds = runs[0], runs[0].row["net"], [one.row["seed"] for one in runs]
     mistakes = mistakes_table(first, data)
@@ -330,7 +335,7 @@ def compare(rows, pairs=(("batch", "layer"), ("batch", "group"), ("group", "laye
         own = rows[rows["norm"] == norm]
         if own.empty:
             raise ValueError(f"no row has the norm {norm!r}; there are {', '.join(sorted(set(rows['norm'])))}")
-        if mixed := records.mixed_settings(own):
+        if mixed := records.mixed_settings(own.assign(net="")):  # of several nets, too
             raise ValueError(f"the rows of {norm} norm differ in {', '.join(mixed)}; compare rows of one setting")
         if own["seed"].astype(str).duplicated().any():
             raise ValueError(f"the rows of {norm} norm hold a seed twice; give each run once")
@@ -403,7 +408,7 @@ def plot_mistakes(run, data, path=None, votes=None):
         text.text(0, 0.54, f"label: {truth}", fontsize=13)
         if votes is not None:
             text.text(0, 0.32, f"people: {describe_votes(votes[index], data.classes)}", fontsize=10.5)
-        text.text(0, 0.08, f"test image {index}", fontsize=10, color="#555555")
+        text.text(0, 0.08, f"{data.split} image {index}", fontsize=10, color="#555555")
     if path:
         save_figure(path, figure)
     return figure

@@ -22,7 +22,7 @@ def title(text, data):
 def save_figure(path, figure):
     """Save a Matplotlib figure as a whole file, 1,760 pixels wide: about twice a README's column."""
     dpi = 1760 / figure.get_figwidth()
-    files.save(Path(path), lambda temporary: figure.savefig(temporary, dpi=dpi))
+    files.save(Path(path).expanduser(), lambda temporary: figure.savefig(temporary, dpi=dpi))
 
 
 def plot_samples(data):
@@ -44,8 +44,8 @@ def plot_curves(runs, data):
     Accuracy is solid for the test split, dotted for training. The last panel enlarges the last quarter of the epochs.
     """
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
-    count = max(map(len, runs.values()))
-    figure.suptitle(title(f"Training, epoch by epoch, n = {count}", data))
+    counts = " or ".join(map(str, sorted(set(map(len, runs.values())))))
+    figure.suptitle(title(f"Training, epoch by epoch, n = {counts}", data))
     for norm, norm_runs in runs.items():
         histories = pd.concat([pd.DataFrame(run.history) for run in norm_runs])
         late = histories[histories["epoch"] > 0.75 * histories["epoch"].max()]
@@ -65,7 +65,7 @@ def plot_curves(runs, data):
     axes[1].plot([], [], ":", color=GRAY, label="while training")
     axes[0].set(ylabel="training loss")
     axes[1].set(ylabel="accuracy, %", ylim=(0, 100))
-    axes[2].set(ylabel="test accuracy, %", title="the last epochs")
+    axes[2].set(ylabel=f"{data.split} accuracy, %", title="the last epochs")
     for axis in axes:
         axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -117,7 +117,7 @@ def plot_classes(runs, data):
         offset = 0.15 * (number - (len(runs) - 1) / 2)
         axis.plot(np.arange(len(present)) + offset, accuracy, "o", color=COLORS[norm], label=f"{norm} norm")
     axis.set_xticks(range(len(present)), [data.classes[label] for label in present])
-    axis.set(ylabel="test accuracy, %", title=title(f"Accuracy by class, {seeds_of(runs)}", data))
+    axis.set(ylabel=f"{data.split} accuracy, %", title=title(f"Accuracy by class, {seeds_of(runs)}", data))
     axis.legend(frameon=False)
     axis.grid(axis="y", alpha=0.3)
     return figure

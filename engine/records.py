@@ -380,7 +380,7 @@ def attributes(net):
 
 def _code(module):
     """Describe a module's functions and, of its classes that are not torch's, methods and attributes."""
-    own = {name: value for name, value in vars(module).items() if callable(value) and name[:1] != "_"}
+    own = {name: value for name, value in vars(module).items() if callable(value) and name not in OF_ALL_MODULES}
     found = [own | {"forward": module.forward}]
     for cls in type(module).__mro__:
         if cls.__module__.partition(".")[0] != "torch":

@@ -708,6 +708,18 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"}
 
 
+def test_a_tilde_is_the_home_folder(tiny, two_runs, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "here")
+    utils.save_runs(two_runs[0], tiny, "~/out")
+    utils.run("NetB", tiny, Settings(epochs=1, batch_size=50), checkpoints="~/out/checkpoints")
+    utils.train(utils.build("NetB", SHORT), tiny, Settings(epochs=1, batch_size=50), checkpoint="~/run.pt")
+    utils.plot_mistakes(two_runs[0][0], tiny, "~/out/img/batch.png")
+    assert {"runs.csv", "NetB-0.pt", "run.pt", "batch.png"} <= {one.name for one in (tmp_path / "home").rglob("*")}
+    assert not list((tmp_path / "here").iterdir())
+
+
 def test_a_folder_of_other_data_is_refused_before_training(tiny, two_runs, tmp_path, monkeypatch):
     """So that another data set's runs replace neither histories nor mistakes nor weights."""
     utils.save_runs(two_runs[0], tiny, tmp_path)
@@ -972,6 +984,14 @@ def test_comparison_is_in_percentage_points():
         (
             [*rows_of("NetA", [86.0, 87.0]), row_of("NetA", 2, 88.0, epochs=5), *rows_of("NetB", [85.0])],
             "the rows of batch norm differ in epochs; compare rows of one setting",
+        ),
+        (
+            [
+                row_of("NetA", 0, 86.0),
+                row_of("NetA", 1, 80.0, learning_rate=1.0) | {"net": "NetX"},
+                row_of("NetB", 0, 85.0),
+            ],
+            "the rows of batch norm differ in learning_rate; compare rows of one setting",
         ),
         (
             rows_of("NetA", [86.0]) + rows_of("NetB", [85.0]) + [row_of("NetB", 1, 88.0, weight_decay=0.1)],

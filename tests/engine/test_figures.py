@@ -126,6 +126,8 @@ def test_curves_are_means_with_bands_from_lowest_to_highest(small):
     alone = [run_of("layer", small.test_labels, 0, epochs_of(0.5, 1.5))]
     figure = figures.plot_curves({"batch": group, "layer": alone}, small)
     loss, accuracy, late = figure.axes
+    assert "n = 1 or 2" in figure.get_suptitle()
+    assert late.get_ylabel() == f"{small.split} accuracy, %"
     assert [line.get_xdata().tolist() for line in late.lines] == [[2], [2]]
     assert [line.get_label() for line in loss.lines] == ["batch norm", "layer norm"]
     assert loss.lines[0].get_xdata().tolist() == [1, 2]

@@ -750,6 +750,7 @@ SEEN = {  # pairs of blocks, with the same weights and repr, that compute someth
     "a list": [with_attribute("shape", [1, 2]), with_attribute("shape", [1, 3])],
     "a dict": [with_attribute("shape", {"a": 1}), with_attribute("shape", {"a": 2})],
     "a tensor that is None at first": [with_attribute("slope", None), with_attribute("slope", torch.ones(1))],
+    "a private function": [with_attribute("_function", torch.relu), with_attribute("_function", torch.sigmoid)],
     "a function": [with_attribute("function", torch.relu), with_attribute("function", torch.sigmoid)],
 }
 
