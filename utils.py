@@ -228,9 +228,9 @@ def run(name, data, settings, study="main", track=True, checkpoints=None):
     if checkpoints:
         files.check_path(checkpoints)
         checkpoints = Path(checkpoints).expanduser()
-        records.check_folder(Path(checkpoints).parent, settings_columns(name, net, data, settings, study), data)
+        records.check_folder(checkpoints.parent, settings_columns(name, net, data, settings, study), data)
     label = f"{name} {net.norm} norm, seed {settings.seed}" + (f" [{data.name}]" if data.synthetic else "")
-    checkpoint = checkpoints and Path(checkpoints) / f"{name}-{settings.seed}.pt"
+    checkpoint = checkpoints and checkpoints / f"{name}-{settings.seed}.pt"
     history = train(net, data, settings, label, track, checkpoint=checkpoint)
     return finish(name, net, data, settings, history, study, history[-1]["elapsed"])
 
