@@ -745,6 +745,8 @@ def reason_against(net):
         shapes = {own: tuple(parameter.shape) for own, parameter in norm.named_parameters()}
         if shapes != dict.fromkeys(("weight", "bias"), (net.get_submodule(name).conv.out_channels,)):
             return "its norms have no scale and shift for each channel"
+        if getattr(norm, "eps", 1) <= 0:  # padded channels, of variance 0, would become nan
+            return "the eps of its norms is not above 0"
     if not all(parameter.requires_grad for parameter in net.parameters()):
         return "some of its parameters are frozen"
     if max(net.widths) > 32 or net.c11.out_channels > 128:

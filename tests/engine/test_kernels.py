@@ -255,6 +255,7 @@ def test_a_net_that_the_kernels_do_not_compute_is_turned_down_with_a_reason():
         "no scale and shift for": changed(lambda net: setattr(net.C4, "norm", torch.nn.GroupNorm(1, 24, bias=False))),
         "no scale and shift for each": changed(lambda net: setattr(net.C4, "norm", models.ScaleShift(1))),
         "no scale and shift": changed(lambda net: setattr(net.C4, "norm", torch.nn.BatchNorm2d(24, affine=False))),
+        "eps of its norms": changed(lambda net: setattr(net.C4.norm, "eps", 0.0)),
         "C4.norm is a BatchNorm2d, which does": changed(lambda net: setattr(net.C4.norm, "momentum", None)),
         "layers are not those": changed(lambda net: setattr(net.C4, "activation", torch.nn.ReLU())),
         "three colors": models.Net("batch", in_channels=1),
