@@ -371,6 +371,7 @@ def most_confident_mistakes(predictions, confidences, labels, count=10):
 
 def mistakes_table(run, data):
     """Tabulate the test images that a run gets wrong: net, index, true and predicted class, confidence (0 to 1)."""
+    records.check_tested(run, data)
     scores, labels = run.scores, data.test_labels.cpu()
     wrong = (scores.predictions != labels).nonzero().flatten()
     whole_number("a predicted class", scores.predictions.max().item(), 0, len(data.classes) - 1)
@@ -390,6 +391,7 @@ def plot_mistakes(run, data, path=None, votes=None):
 
     votes  (N, classes) counts of what people answered for each test image, from `engine.data.human_votes`
     """
+    records.check_tested(run, data)
     labels, scores = data.test_labels.cpu(), run.scores
     if votes is not None and (data.split != "test" or votes.shape != (len(labels), len(data.classes))):
         raise ValueError(f"votes are for other images than those of {data.name}, {data.split} split; leave them out")

@@ -102,17 +102,18 @@ def load_data(device, source="auto", root="data"):
     if source == "synthetic":
         print("As asked for, training on synthetic data. These are not results.")
         return synthetic_data(device)
+    root = Path(root).expanduser()
     dataset, name, classes = CIFAR10, "CIFAR-10", CIFAR10_CLASSES
     if source == "cifar100":
         dataset, name, classes = CIFAR100, "CIFAR-100", CIFAR100_CLASSES
     advice = HOW_TO_GET.format(dataset.url, root)
     try:
-        arrays = read(dataset, Path(root))
+        arrays = read(dataset, root)
     except PermissionError as error:
         raise OSError(f"{error.filename} can't be read: change its permissions, or delete it and {advice}") from None
     except (OSError, RuntimeError) as fault:  # torchvision raises the latter
         try:
-            arrays = fetch(dataset, Path(root))
+            arrays = fetch(dataset, root)
         except Exception as error:  # a server can cause any, and its text can be as long as it likes
             if not isinstance(fault, FileNotFoundError):
                 raise OSError(f"{fault} {advice}") from None
@@ -132,7 +133,7 @@ def human_votes(root="data"):
     CIFAR-10H, about 51 people an image: J. Peterson et al., Human uncertainty makes classification more robust, ICCV
     2019, https://arxiv.org/abs/1908.07086. Its license, CC BY-NC-SA 4.0, keeps the file out of this repository.
     """
-    path, advice = Path(root) / "cifar10h-counts.npy", HOW_TO_GET.format(CIFAR10H_URL, root)
+    path, advice = Path(root).expanduser() / "cifar10h-counts.npy", HOW_TO_GET.format(CIFAR10H_URL, root)
     if not path.exists():
         try:
             with download_lock(path.parent):

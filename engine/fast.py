@@ -84,7 +84,8 @@ def low_precision_copy(net, dtype):
     if not runs_in_order(net):
         return copied
     for (name, conv), (next_name, pool) in itertools.pairwise(list(copied._modules.items())):
-        plain = type(conv) is nn.Conv2d and equals(conv, nn.Conv2d(conv.in_channels, conv.out_channels, 1))
+        with torch.device("meta"):  # draws no random numbers
+            plain = type(conv) is nn.Conv2d and equals(conv, nn.Conv2d(conv.in_channels, conv.out_channels, 1))
         if plain and equals(pool, nn.AvgPool2d(2)):
             copied.set_submodule(name, AvgPool2x2())  # what is called c3 is a pool from here on
             copied.set_submodule(next_name, conv)
@@ -248,3 +249,7 @@ def keep_memory():
 def cuda_stream(device, number):
     """Return the CUDA stream of that number, always the same: cuBLAS keeps memory for each, 64 MiB on an H100."""
     return torch.cuda.Stream(device)
+
+
+for forward in (models.Net.forward, models.ScaleShift.forward):
+    body(forward)  # now, since the file may be edited before the first training

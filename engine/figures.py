@@ -22,7 +22,8 @@ def title(text, data):
 def save_figure(path, figure):
     """Save a Matplotlib figure as a whole file, 1,760 pixels wide: about twice a README's column."""
     dpi = 1760 / figure.get_figwidth()
-    files.save(Path(path).expanduser(), lambda temporary: figure.savefig(temporary, dpi=dpi))
+    kind = Path(path).suffix[1:] or "png"
+    files.save(path, lambda temporary: figure.savefig(temporary, dpi=dpi, format=kind))
 
 
 def plot_samples(data):

@@ -47,7 +47,7 @@ def lock(target):
 def replacement(path):
     """Yield the file that `path` leads to, and the path of what replaces it. One process at a time gets past here."""
     check_path(path)
-    target = Path(os.path.realpath(path))
+    target = Path(os.path.realpath(os.path.expanduser(path)))
     # Random, as two containers can share a process id. The suffix tells Matplotlib the format.
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part{target.suffix}")
     try:

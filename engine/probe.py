@@ -45,7 +45,7 @@ def mean_spread(net, name, images, size=1):
     size    images that share a mean: those of a batch for batch norm, 1 for layer and group norm
 
     Returns a row per layer: net, images (the size), layer, spread. ValueError unless `size` divides N into two
-    or more.
+    or more, and for norms that are neither an nn.BatchNorm2d nor an nn.GroupNorm.
     """
     if size < 1 or len(images) % size or len(images) < 2 * size:
         raise ValueError(f"size is {size}; give a divisor of the {len(images)} images that is at most half of them")
@@ -57,6 +57,9 @@ def mean_spread(net, name, images, size=1):
         found.setdefault(layer, []).append(torch.var_mean(values, (1, 3, 4, 5), correction=0))  # (N / size, groups)
 
     blocks = [(layer, block) for layer, block in net.named_children() if isinstance(block, nn.Sequential)]
+    for layer, block in blocks:
+        if not isinstance(block.norm, nn.BatchNorm2d | nn.GroupNorm):
+            raise ValueError(f"{layer}.norm is a {type(block.norm).__name__}; give batch, layer or group norm")
     hooks = [
         block.norm.register_forward_pre_hook(lambda norm, inputs, layer=layer: look(layer, norm, inputs[0]))
         for layer, block in blocks

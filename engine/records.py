@@ -211,14 +211,18 @@ def check_runs(runs, data, folder):
         raise ValueError(f"runs are of {nets} with seeds {seeds}; give runs of one net, each seed once")
     if mixed := mixed_settings(pd.DataFrame([one.row for one in runs])):
         raise ValueError(f"runs differ in {', '.join(mixed)}; give runs of one setting")
-    labels, images = data.test_labels.cpu(), test_hash(data)
     for one in runs:
-        found, form = one.scores.predictions, (data.name, data.split, len(labels))
-        same = (one.row["dataset"], one.row["split"], len(found)) == form
-        same = same and one.images in ("", images)
-        if not same or abs(100 * (found == labels).float().mean() - one.scores.accuracy) > 1e-3:
-            raise ValueError(f"data are not what {one.name} was tested on, but {data.name}, {data.split} split")
+        check_tested(one, data)
     check_folder(folder, runs[0].row, data)
+
+
+def check_tested(run, data):
+    """Raise ValueError unless a `utils.Run` was tested on the test images and labels of `data`."""
+    labels, found = data.test_labels.cpu(), run.scores.predictions
+    same = len(found) == len(labels) and run.images in ("", test_hash(data))
+    same = same and (run.row.get("dataset", data.name), run.row.get("split", data.split)) == (data.name, data.split)
+    if not same or abs(100 * (found == labels).float().mean() - run.scores.accuracy) > 1e-3:
+        raise ValueError(f"data are not what {run.name} was tested on, but {data.name}, {data.split} split")
 
 
 def net_columns(net, batch_size):

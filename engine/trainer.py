@@ -134,6 +134,11 @@ def print_once(line):
     print(line)
 
 
+def addresses(net):
+    """Return where the parameters and buffers of `net` are in memory."""
+    return [tensor.data_ptr() for tensor in [*net.parameters(), *net.buffers()]]
+
+
 class Trainer:
     """Train a `models.Net` on `engine.data.Data` with `utils.Settings`; `step` is one whole training step.
 
@@ -198,6 +203,7 @@ class Trainer:
         self.counts = torch.zeros(2, 1, dtype=torch.int64, device=device)
         self.epoch_step, self.global_step = self.counts
         self.metric_sums = torch.zeros(2, device=device)  # over the epoch so far: loss, and accuracy from 0 to 1
+        self.steps_taken = 0  # of the epoch
         self.optimizer.found_inf = self.diverged
         self.unscale = torch.full((), 1 / self.loss_scale, device=device)
         self.stream = fast.cuda_stream(device, stream) if device.type == "cuda" else None
@@ -206,6 +212,7 @@ class Trainer:
             self.prepare_fused_step(kernels)
         # Without a graph None, since self.step here would keep this object alive.
         self.captured_step = self.capture() if self.stream and capture and not as_it_is else None
+        self.addresses = None if as_it_is else addresses(net)
 
     def batch(self):
         """Return the current step's normalized images (B, 3, 32, 32) and labels (B,)."""
@@ -248,6 +255,9 @@ class Trainer:
     def pytorch_step(self):
         """Take `step` by PyTorch's kernels."""
         images, labels = self.batch()
+        with torch.no_grad():
+            if self.copied:
+                torch._foreach_copy_(*map(list, zip(*self.copied, strict=True)))
         for parameter in self.model.parameters():
             parameter.grad = None
         # In float16 cuDNN's deterministic kernels are as fast as its others.
@@ -267,8 +277,6 @@ class Trainer:
             parameter.grad = gradient
         self.optimizer.step()
         with torch.no_grad():
-            if self.copied:
-                torch._foreach_copy_(*map(list, zip(*self.copied, strict=True)))
             self.metric_sums += torch.stack([loss, accuracy])
             self.counts += 1 - self.diverged.long()  # stays at the first step that diverged
 
@@ -284,8 +292,7 @@ class Trainer:
 
     def capture(self):  # pragma: no cover - needs a GPU: tests/gpu
         """Capture `step` as a CUDA graph, restore all state, and return the graph's replay."""
-        tensors = [*self.net.parameters(), *self.net.buffers(), *(low for low, _ in self.copied)]
-        tensors += [self.counts, self.diverged]
+        tensors = [*self.net.parameters(), *self.net.buffers(), self.counts, self.diverged]
         before = [tensor.detach().clone() for tensor in tensors]
         graph = torch.cuda.CUDAGraph()
         device = self.stream.device  # not always the current one
@@ -317,10 +324,13 @@ class Trainer:
 
         With flips, half of the images, drawn at first, are mirrored, and in the next epoch the other half: no image is
         seen the same way twice in a row (Jordan 2024, https://arxiv.org/abs/2404.00498). Crops are drawn each epoch.
-        ValueError after the last epoch of the settings.
+        ValueError after the last epoch of the settings, and when the net's tensors are elsewhere than at first, as
+        `net.cpu()` puts them: a CUDA graph and the fused step would go on with those that it had.
         """
         if self.epochs_left == 0:
             raise ValueError(f"all epochs are done; settings.epochs is {self.settings.epochs}")
+        if self.addresses and self.addresses != addresses(self.net):
+            raise ValueError("the net's tensors were moved or replaced since this Trainer was made; make another")
         self.epochs_left -= 1
         if self.stream:
             # The state may just have been loaded on the current stream.
@@ -337,16 +347,17 @@ class Trainer:
                 self.shift.copy_(shift)
             self.epoch_step.zero_()
             self.metric_sums.zero_()
-        for _ in range(self.steps_per_epoch):
+        for number in range(self.steps_per_epoch):
             with self.on_stream():
                 self.replay()
+            self.steps_taken = number + 1
             yield
 
     def means(self):
         """Return the epoch's mean training loss and accuracy (percent) so far; waits for the GPU."""
         if self.stream:
             self.stream.synchronize()
-        loss, accuracy = (self.metric_sums / self.steps_per_epoch).tolist()
+        loss, accuracy = (self.metric_sums / max(1, self.steps_taken)).tolist()
         return loss, 100 * accuracy
 
     def check_finite(self):
@@ -386,6 +397,4 @@ class Trainer:
         with torch.no_grad():
             self.global_step.copy_(state["global_step"])
             self.flip.copy_(state["flip"])
-            for low, master in self.copied:
-                low.copy_(master)
         self.generator.set_state(state["generator"])

@@ -179,7 +179,8 @@ def plot_lead(rows):
     figure, axes = panels(1, 2, 3.2, sharey=True, width_ratios=(1.25, 1))
     table = tables.surface(rows).reset_index()
     for axis, data in zip(axes, ("CIFAR-10", "CIFAR-100"), strict=True):
-        for aside, (name, color) in zip((0.94, 1, 1.06), OPTIMIZER_COLORS.items(), strict=True):
+        places = np.linspace(0.94, 1.06, len(OPTIMIZER_COLORS))
+        for aside, (name, color) in zip(places, OPTIMIZER_COLORS.items(), strict=True):
             line = table[(table["dataset"] == data) & (table["optimizer"] == name)].set_index("batch_size")
             if line.empty:
                 continue

@@ -7,6 +7,7 @@
 Copies the executed notebook, the grids in img/, the weights and rows, and writes which test images each seed got
 right. The predictions stay where they are, since they hold the data set's labels. For a run on another machine:
 
+    mkdir -p out/published
     papermill s8.ipynb out/published/s8.ipynb -p folder out/published -p seeds 10 -p source cifar10
 """
 

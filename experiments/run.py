@@ -53,7 +53,11 @@ def run_sweep(sweep):
     Rows can call for more runs, as in `tuning`, so this goes on until none is missing.
     """
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    done = set()
     while todo := missing_now(sweep):
+        if again := done.intersection(todo):
+            raise ValueError(f"sweep {sweep}: the row just written is not found again: {again.pop()}")
+        done.update(todo)
         todo = todo[rank::world]
         with tqdm(total=len(todo), desc=sweep) as bar:
             for part in parts(todo) if torch.cuda.is_available() else ([one] for one in todo):

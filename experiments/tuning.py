@@ -18,7 +18,7 @@ because the best of it hardly depends on the rate: in the sweep `rate`, which tr
 along which it hardly changes.
 """
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import NamedTuple
 
 from engine import records
@@ -30,8 +30,7 @@ HALF_DECADES = tuple(float(f"{one}e{power}") for power in range(-5, 3) for one i
 FIRST_RATES = {"sgdw": (0.01, 0.03, 0.1, 0.3, 1.0), "adamw": (0.001, 0.003, 0.01, 0.03, 0.1)}
 FIRST_DECAY = {"sgdw": 0.3, "adamw": 0.3}
 MUON = (0.003, 0.01, 0.03, 0.1, 0.3), 1.0  # first rates and decay of Muon and of the steps with parts of it
-KEYS = ["dataset", "augment", "optimizer", "momentum", "batch_size", "net", "layer_variant", "convolution"]
-KEYS += ["learning_rate", "weight_decay"]
+KEYS = [field.name for field in fields(Experiment) if field.name != "seed"]  # columns that tell settings apart
 
 
 def validation_means(rows, keys):
@@ -152,14 +151,14 @@ def beyond(cell, tried, means):
 
 
 def key(experiment):
-    """What tells the settings of a cell's runs apart in `means_of`."""
+    """Return the KEYS of an experiment, by which `means_of` finds its runs."""
     columns = experiment.columns()
     return tuple(columns[name] for name in KEYS)
 
 
 def means_of(rows, studies, seeds=1):
     """Return the mean validation accuracy of each setting with that many seeds; -1 where a run diverged."""
-    rows = rows[rows["study"].isin(studies)]
+    rows = rows[rows["study"].isin(studies)].reindex(columns=[*rows, *set(KEYS).difference(rows)], fill_value="")
     if rows.empty:
         return {}
     rows = rows[rows.groupby(KEYS)["seed"].transform("size") >= seeds]

@@ -3,6 +3,7 @@
 import copy
 import enum
 import math
+import re
 import warnings
 from dataclasses import FrozenInstanceError, asdict, fields, replace
 
@@ -716,7 +717,10 @@ def test_a_tilde_is_the_home_folder(tiny, two_runs, tmp_path, monkeypatch):
     utils.run("NetB", tiny, Settings(epochs=1, batch_size=50), checkpoints="~/out/checkpoints")
     utils.train(utils.build("NetB", SHORT), tiny, Settings(epochs=1, batch_size=50), checkpoint="~/run.pt")
     utils.plot_mistakes(two_runs[0][0], tiny, "~/out/img/batch.png")
-    assert {"runs.csv", "NetB-0.pt", "run.pt", "batch.png"} <= {one.name for one in (tmp_path / "home").rglob("*")}
+    utils.plot_mistakes(two_runs[0][0], tiny, "~/without_a_suffix")
+    records.upsert("~/rows.csv", {"seed": 1})
+    names = {"runs.csv", "NetB-0.pt", "run.pt", "batch.png", "without_a_suffix", "rows.csv"}
+    assert names <= {one.name for one in (tmp_path / "home").rglob("*")}
     assert not list((tmp_path / "here").iterdir())
 
 
@@ -1124,7 +1128,7 @@ def test_grid_of_ten_of_many_mistakes_is_five_by_two():
 
 def test_grid_without_a_mistake():
     _, data, run = flat_colors(3)
-    right = replace(run, scores=replace(run.scores, predictions=data.test_labels))
+    right = replace(run, scores=replace(run.scores, accuracy=100.0, predictions=data.test_labels))
     figure = utils.plot_mistakes(right, data)
     assert figure.get_suptitle() == "No mistakes\nlayer norm (NetB), seed 0"
     assert texts_of(figure) == []
@@ -1142,14 +1146,22 @@ def test_grid_says_what_people_answered():
 
 def test_mistakes_table():
     _, data, run = flat_colors(4)
-    scores = replace(
-        run.scores, predictions=torch.tensor([0, 3, 0, 9]), confidences=torch.tensor([0.9, 0.5919, 0.3, 1 / 3])
-    )
+    confidences = torch.tensor([0.9, 0.5919, 0.3, 1 / 3])
+    scores = Scores(0.0, 50.0, torch.tensor([0, 3, 0, 9]), confidences)
     table = utils.mistakes_table(replace(run, scores=scores), data)
     assert table.to_dict("records") == [
         {"net": "NetB", "index": 1, "true": "airplane", "predicted": "cat", "confidence": 0.5919},
         {"net": "NetB", "index": 3, "true": "airplane", "predicted": "truck", "confidence": 0.3333},
     ]
+
+
+@pytest.mark.parametrize("show", [utils.mistakes_table, utils.plot_mistakes])
+def test_mistakes_of_other_images_are_refused(tiny, two_runs, show):
+    run = two_runs[0][0]
+    other = replace(tiny, test_images=tiny.test_images.flip(0), test_labels=tiny.test_labels.flip(0))
+    for data in (other, replace(tiny, test_images=255 - tiny.test_images)):
+        with pytest.raises(ValueError, match=rf"^data are not what {re.escape(run.name)} was tested on, but "):
+            show(run, data)
 
 
 def test_testing_leaves_the_data_alone(small):

@@ -125,6 +125,13 @@ def test_mean_spread_leaves_modes_statistics_and_no_hook(small):
     assert hooks(net) == 0
 
 
+def test_other_norms_have_no_mean_spread(small):
+    net = models.NetB()
+    net.C4.norm = torch.nn.LayerNorm([24, 16, 16])
+    with pytest.raises(ValueError, match=r"^C4.norm is a LayerNorm; give batch, layer or group norm$"):
+        mean_spread(net, "NetB", small.test_images[:4])
+
+
 @pytest.mark.parametrize("size", [0, -1, 5, 8, 12, 24])
 def test_sizes_that_leave_fewer_than_two_means_are_refused(small, size):
     with pytest.raises(

@@ -146,12 +146,66 @@ def test_master_weights_are_float32_and_what_the_copy_rounds(small, monkeypatch)
     net = utils.build("NetA", SHORT)
     trainer = Trainer(net, small, SHORT)
     assert trainer.model.C2.conv.weight.dtype == torch.bfloat16
-    run_epoch(trainer)
+    for _ in range(trainer.steps_per_epoch):
+        last = {name: p.clone() for name, p in net.named_parameters() if ".norm." not in name}
+        trainer.step()
     assert {p.dtype for p in net.parameters()} == {torch.float32}
     assert len(trainer.copied) == 12  # ten convolutions, weight and bias of c11
-    for low, master in trainer.copied:
-        assert torch.equal(low, master.bfloat16())
+    for (low, _), (name, before) in zip(trainer.copied, last.items(), strict=True):
+        assert torch.equal(low, before.bfloat16()), name
     assert net.C2.norm.num_batches_tracked == trainer.steps_per_epoch == 6
+
+
+def test_weights_that_change_between_steps_are_those_that_are_trained(small, float32):
+    net, found = utils.build("NetA", SHORT), []
+    trainer = Trainer(net, small, SHORT)
+    net.load_state_dict(utils.build("NetA", replace(SHORT, seed=7)).state_dict())
+    loss = trainer.loss
+
+    def look(*batch):
+        found.append(all(torch.equal(low, master) for low, master in trainer.copied))
+        return loss(*batch)
+
+    trainer.loss = look
+    for _ in trainer.epoch():
+        with torch.no_grad():
+            net.C5.conv.weight[:12] = 0
+    assert found == [True] * 6
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda net: net.double().float(),
+        lambda net: setattr(net.C4.conv, "weight", nn.Parameter(net.C4.conv.weight.detach().clone())),
+        lambda net: setattr(net.C4.norm, "running_mean", net.C4.norm.running_mean.clone()),
+    ],
+)
+def test_a_net_whose_tensors_moved_is_refused_before_an_epoch(small, move):
+    net = utils.build("NetA", SHORT)
+    trainer = Trainer(net, small, SHORT)
+    run_epoch(trainer)
+    move(net)
+    with pytest.raises(ValueError, match=r"^the net's tensors were moved or replaced since this Trainer was made"):
+        run_epoch(trainer)
+
+
+def test_means_are_those_of_the_steps_so_far(small, float32):
+    trainer, found = Trainer(utils.build("NetB", SHORT), small, SHORT), []
+    step, losses = trainer.loss, []
+    trainer.loss = lambda *batch: losses.append(step(*batch)) or losses[-1]
+    for _ in trainer.epoch():
+        loss, accuracy = zip(*((loss.item(), 100 * right.item()) for loss, right in losses), strict=True)
+        found.append(len(losses))
+        assert trainer.means() == pytest.approx((sum(loss) / len(loss), sum(accuracy) / len(loss)), rel=1e-5)
+    assert found == [1, 2, 3, 4, 5, 6]
+
+
+def test_training_draws_no_random_numbers_of_the_caller(small):
+    net = utils.build("NetA", SHORT)
+    before = torch.get_rng_state()
+    run_epoch(Trainer(net, small, SHORT))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_precisions_differ_by_rounding_alone(small, monkeypatch):

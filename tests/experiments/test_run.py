@@ -131,6 +131,12 @@ def test_rows_that_call_for_more_runs_get_them(tiny, monkeypatch):
     assert read_texts(run.RUNS)["seed"].tolist() == ["0", "1", "2"]
 
 
+def test_a_row_that_is_not_found_again_ends_a_sweep(tiny, monkeypatch):
+    monkeypatch.setattr(run, "read_texts", lambda path: read_texts(path).assign(groups="other"))
+    with pytest.raises(ValueError, match=r"^sweep augment: the row just written is not found again: Experiment\("):
+        run.run_sweep("augment")
+
+
 def test_each_data_set_is_loaded_once_and_split_as_asked(tiny, monkeypatch):
     data, _ = tiny
     asked = []

@@ -147,3 +147,15 @@ def test_the_control_starts_from_kaiming_weights():
     one = Cell("sgdw", 64).run("Net", 0.03, 0.3)
     assert (one.initial_weights, one.momentum, one.label_smoothing) == ("he", 0.9, 0.1)
     assert one.weight_decay * one.learning_rate * 50_000 / 64 == pytest.approx(0.3, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [("statistics_batch", (2, 128)), ("label_smoothing", (0.0, 0.2)), ("widths", ((8,) * 10, (16,) * 10))],
+)
+def test_cells_that_differ_in_any_field_choose_by_their_own_runs(field, values):
+    """The first is best at a rate of .03, the second at .3."""
+    best = dict(zip(values, (0.03, 0.3), strict=True))
+    cells = [Cell("muon", 512, nets=("NetA",), seeds=1, variant=((field, value),)) for value in values]
+    ran, _ = run_all(cells, lambda one: 80 - abs(math.log(one.learning_rate / best[getattr(one, field)])))
+    assert {getattr(one, field): one.learning_rate for one in ran["lead"]} == best

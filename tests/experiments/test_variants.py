@@ -80,6 +80,12 @@ def test_columns_are_those_of_the_published_rows():
     assert set(columns) == settings <= set(rows.columns), "a setting has no column"
 
 
+def test_without_a_variant_its_column_is_empty():
+    """Else rows from before the variant would count as other runs."""
+    variants = [field for field in fields(Experiment) if field.name not in (*vars(utils.Settings()), "dataset", "net")]
+    assert {field.name for field in variants if field.default != ""} == {"widths"}
+
+
 def test_settings_that_differ_have_columns_that_differ():
     """No two runs of a sweep look alike in the file."""
     rows = read_texts(RUNS)

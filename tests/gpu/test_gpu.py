@@ -123,9 +123,28 @@ def test_recording_leaves_net_and_state_as_they_were(data, optimizer):
     assert all((tensor == 0).all() for tensor in trainer.optimizer_tensors())
     assert (trainer.counts == 0).all()
     captured = Trainer(net, data, settings, fused=False)
+    assert torch.equal(flat(net), before)
     assert len(captured.copied) == 12
-    for low, master in captured.copied:
-        assert torch.equal(low, master.half())
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_weights_that_are_loaded_late_are_trained_and_moved_ones_refused(data, fused):
+    found = []
+    for late in (True, False):
+        net, loaded = utils.build("NetA", SHORT), utils.build("NetA", replace(SHORT, seed=7)).state_dict()
+        if not late:
+            net.load_state_dict(loaded)
+        trainer = Trainer(net, data, SHORT, fused)
+        if late:
+            net.load_state_dict(loaded)
+        for _ in trainer.epoch():
+            pass
+        assert trainer.means()[0] > 0
+        found.append(flat(net))
+    assert torch.equal(*found)
+    net.cpu().cuda()
+    with pytest.raises(ValueError, match="moved or replaced"):
+        next(trainer.epoch())
 
 
 @pytest.mark.parametrize("name", models.NORM_OF)
