@@ -71,13 +71,6 @@ MUTATIONS = [
         RESUMED,
     ),
     (
-        "a checkpoint restores the low-precision copy",
-        "engine/trainer.py",
-        "                low.copy_(master)\n",
-        "                pass\n",
-        RESUMED,
-    ),
-    (
         "a checkpoint of other settings is refused",
         "engine/records.py",
         " if found.get(name) != fingerprint.get(name)]",
@@ -447,6 +440,42 @@ MUTATIONS = [
         "    if checkpoint is not None and (reason := fast.reason_against_copy(net)):\n",
         "    if False:\n",
         f"{RECORDS}::test_a_net_with_code_of_its_own_takes_no_checkpoint",
+    ),
+    # direct use of what the notebook uses
+    (
+        "a step trains the weights that the net has by then",
+        "engine/trainer.py",
+        "            if self.copied:\n",
+        "            if self.copied and not self.global_step:\n",
+        f"{TRAINER}::test_weights_that_change_between_steps_are_those_that_are_trained",
+    ),
+    (
+        "a net whose tensors moved is refused",
+        "engine/trainer.py",
+        "        if self.addresses and self.addresses != addresses(self.net):\n",
+        "        if False:\n",
+        f"{TRAINER}::test_a_net_whose_tensors_moved_is_refused_before_an_epoch",
+    ),
+    (
+        "means are those of the steps so far",
+        "engine/trainer.py",
+        "max(1, self.steps_taken)",
+        "self.steps_per_epoch",
+        f"{TRAINER}::test_means_are_those_of_the_steps_so_far",
+    ),
+    (
+        "cells that differ in any field choose by their own runs",
+        "experiments/tuning.py",
+        'if field.name != "seed"]',
+        'if field.name not in ("seed", "statistics_batch")]',
+        "tests/experiments/test_tuning.py::test_cells_that_differ_in_any_field_choose_by_their_own_runs",
+    ),
+    (
+        "mistakes of other images are refused",
+        "utils.py",
+        "    records.check_tested(run, data)\n    scores, labels",
+        "    scores, labels",
+        f"{UTILS}::test_mistakes_of_other_images_are_refused",
     ),
     (
         "a batch beyond the GPU's memory is named",
