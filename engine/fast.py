@@ -92,6 +92,14 @@ def low_precision_copy(net, dtype):
     return copied
 
 
+def held(net):
+    """Return what a copy, a CUDA graph or the fused step of a net holds, beside the values of its tensors."""
+    tensors = [*net.parameters(), *net.buffers()]
+    hooked = [bool(one._backward_hooks or one._post_accumulate_grad_hooks) for one in tensors]
+    modules = [(id(one), one.training, *(len(getattr(one, hooks)) for hooks in HOOKS)) for one in net.modules()]
+    return repr(net), [(one.data_ptr(), one.requires_grad) for one in tensors], hooked, modules
+
+
 def runs_in_order(net):
     """Return whether the layers of `net` follow each other and nothing else is computed; not if models.py says more."""
     return (

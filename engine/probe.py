@@ -27,9 +27,10 @@ def layer_table(net):
     lines, x = [], torch.zeros(1, 3, 32, 32)
     for name, layer in copy.deepcopy(net).cpu().eval()._modules.items():
         x = layer(x)
-        kind = "3x3 conv, norm, SiLU" if isinstance(layer, nn.Sequential) else type(layer).__name__
-        if isinstance(layer, nn.Conv2d):
-            kind = "1x1 conv"
+        conv = getattr(layer, "conv", layer)
+        kind = "x".join(map(str, conv.kernel_size)) + " conv" if isinstance(conv, nn.Conv2d) else type(layer).__name__
+        if isinstance(layer, nn.Sequential):
+            kind += f", norm, {type(layer.activation).__name__}"
         shape = "x".join(str(n) for n in x.shape[1:])
         count = sum(p.numel() for p in layer.parameters())
         lines.append({"layer": name, "type": kind, "output": shape, "parameters": count})

@@ -27,7 +27,10 @@ from engine.files import ROOT, check_path, read_bytes, replacement, save_tensors
 
 COMPUTING = ("models", "engine/data", "engine/muon", "engine/trainer", "engine/fast", "engine/kernels")
 # Read now: a process computes with what it loaded, whatever is edited later.
-CODE = [path.read_bytes() for name in COMPUTING if (path := ROOT / f"{name}.py").exists()]
+LOADED = [ROOT / f"{name}.py" for name in ("models", "utils", "hubconf")]
+LOADED += [path for folder in ("engine", "experiments") for path in sorted((ROOT / folder).glob("*.py"))]
+LOADED = {path: path.read_bytes() for path in LOADED if path.is_file()}
+CODE = [LOADED[path] for name in COMPUTING if (path := ROOT / f"{name}.py") in LOADED]
 HISTORY = ("epoch", "loss", "train_accuracy", "test_accuracy", "learning_rate", "seconds", "elapsed")  # of each epoch
 # The columns of results/runs.csv that a run measures or notes; all others are its settings and tell rows apart.
 NON_KEY_COLUMNS = {"parameters", "train_accuracy", "test_accuracy", "validation_accuracy", "test_loss", "seconds"}
@@ -580,6 +583,7 @@ def code_commit(default="unknown"):
         git(ROOT, "ls-files", "--error-unmatch", "models.py", "engine/records.py")
         ours = Path(git(ROOT, "rev-parse", "--show-toplevel")).samefile(ROOT)
         changed = git(ROOT, "status", "--porcelain", "--untracked-files=no", "--", "*.py")
+        changed = changed or any(not path.is_file() or path.read_bytes() != LOADED[path] for path in LOADED)
         commit = git(ROOT, "rev-parse", "--short=7", "HEAD") + ("+" if changed else "") if ours else default
     except (OSError, subprocess.CalledProcessError):
         commit = default

@@ -134,11 +134,6 @@ def print_once(line):
     print(line)
 
 
-def addresses(net):
-    """Return where the parameters and buffers of `net` are in memory."""
-    return [tensor.data_ptr() for tensor in [*net.parameters(), *net.buffers()]]
-
-
 class Trainer:
     """Train a `models.Net` on `engine.data.Data` with `utils.Settings`; `step` is one whole training step.
 
@@ -203,7 +198,7 @@ class Trainer:
         self.counts = torch.zeros(2, 1, dtype=torch.int64, device=device)
         self.epoch_step, self.global_step = self.counts
         self.metric_sums = torch.zeros(2, device=device)  # over the epoch so far: loss, and accuracy from 0 to 1
-        self.steps_taken = 0  # of the epoch
+        self.steps_taken = 0  # of the epoch under way
         self.optimizer.found_inf = self.diverged
         self.unscale = torch.full((), 1 / self.loss_scale, device=device)
         self.stream = fast.cuda_stream(device, stream) if device.type == "cuda" else None
@@ -212,10 +207,12 @@ class Trainer:
             self.prepare_fused_step(kernels)
         # Without a graph None, since self.step here would keep this object alive.
         self.captured_step = self.capture() if self.stream and capture and not as_it_is else None
-        self.addresses = None if as_it_is else addresses(net)
+        self.steps_taken = self.steps_per_epoch  # no epoch is under way
+        self.held = None if as_it_is else fast.held(net)
 
     def batch(self):
-        """Return the current step's normalized images (B, 3, 32, 32) and labels (B,)."""
+        """Return the next step's normalized images (B, 3, 32, 32) and labels (B,). ValueError but within `epoch`."""
+        self.check_under_way()
         chosen = self.order.index_select(0, self.epoch_step)[0]
         images = self.data.images.index_select(0, chosen)
         if self.settings.augment != "none":
@@ -243,7 +240,25 @@ class Trainer:
         return found == known and groups[1]["weight_decay"] == 0
 
     def step(self):
-        """Take one training step; from the first step with a gradient that is not finite on, change no parameter."""
+        """Take the next step of an epoch, as `epoch` does. ValueError without one under way.
+
+        From the first step with a gradient that is not finite on, no parameter changes.
+        """
+        self.check_under_way()
+        with self.on_stream():
+            self.replay()
+        self.steps_taken += 1
+
+    def check_under_way(self):
+        if self.steps_taken == self.steps_per_epoch:
+            raise ValueError("no epoch is under way; take steps by iterating over epoch()")
+
+    def replay(self):
+        """Replay the captured step where there is one, else compute it."""
+        (self.captured_step or self.compute_step)()
+
+    def compute_step(self):
+        """Take `step` without a CUDA graph."""
         with torch.autocast(self.order.device.type, enabled=False):  # which whoever calls this may have on
             if self.fused:
                 self.fused(*self.fused_state.begin())
@@ -253,7 +268,7 @@ class Trainer:
                 self.pytorch_step()
 
     def pytorch_step(self):
-        """Take `step` by PyTorch's kernels."""
+        """Compute a step by PyTorch's kernels."""
         images, labels = self.batch()
         with torch.no_grad():
             if self.copied:
@@ -280,10 +295,6 @@ class Trainer:
             self.metric_sums += torch.stack([loss, accuracy])
             self.counts += 1 - self.diverged.long()  # stays at the first step that diverged
 
-    def replay(self):
-        """Take one training step: replay the captured one where there is one."""
-        (self.captured_step or self.step)()
-
     def loss(self, images, labels):
         """Return the mean loss and the accuracy, 0 to 1, of a batch."""
         logits = self.model(images).float()
@@ -291,7 +302,7 @@ class Trainer:
         return F.cross_entropy(logits, labels, label_smoothing=self.settings.label_smoothing), accuracy
 
     def capture(self):  # pragma: no cover - needs a GPU: tests/gpu
-        """Capture `step` as a CUDA graph, restore all state, and return the graph's replay."""
+        """Capture `compute_step` as a CUDA graph, restore all state, and return the graph's replay."""
         tensors = [*self.net.parameters(), *self.net.buffers(), self.counts, self.diverged]
         before = [tensor.detach().clone() for tensor in tensors]
         graph = torch.cuda.CUDAGraph()
@@ -299,7 +310,7 @@ class Trainer:
         self.stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self.stream):
             for _ in range(2):  # libraries set themselves up in their first calls, which can't be captured
-                self.step()
+                self.compute_step()
                 self.epoch_step.zero_()
                 self.global_step.zero_()
         torch.cuda.synchronize(device)
@@ -307,7 +318,7 @@ class Trainer:
         gc.disable()  # to free another net's graph now would end the capture
         try:
             with torch.cuda.graph(graph, stream=self.stream):
-                self.step()
+                self.compute_step()
         finally:
             if collecting:
                 gc.enable()
@@ -324,13 +335,14 @@ class Trainer:
 
         With flips, half of the images, drawn at first, are mirrored, and in the next epoch the other half: no image is
         seen the same way twice in a row (Jordan 2024, https://arxiv.org/abs/2404.00498). Crops are drawn each epoch.
-        ValueError after the last epoch of the settings, and when the net's tensors are elsewhere than at first, as
-        `net.cpu()` puts them: a CUDA graph and the fused step would go on with those that it had.
+        ValueError after the last epoch of the settings, and for a net that was changed otherwise than in its weights
+        since this Trainer was made: moved, frozen, put in eval mode, with other modules, settings or hooks. Its copy,
+        CUDA graph or fused step would go on without the change. A net that trains as it is may change.
         """
         if self.epochs_left == 0:
             raise ValueError(f"all epochs are done; settings.epochs is {self.settings.epochs}")
-        if self.addresses and self.addresses != addresses(self.net):
-            raise ValueError("the net's tensors were moved or replaced since this Trainer was made; make another")
+        if self.held and self.held != fast.held(self.net):
+            raise ValueError("the net was changed since this Trainer was made, in more than its weights; make another")
         self.epochs_left -= 1
         if self.stream:
             # The state may just have been loaded on the current stream.
@@ -347,10 +359,9 @@ class Trainer:
                 self.shift.copy_(shift)
             self.epoch_step.zero_()
             self.metric_sums.zero_()
-        for number in range(self.steps_per_epoch):
-            with self.on_stream():
-                self.replay()
-            self.steps_taken = number + 1
+        self.steps_taken = 0
+        for _ in range(self.steps_per_epoch):
+            self.step()
             yield
 
     def means(self):
@@ -376,7 +387,7 @@ class Trainer:
         return [value for state in self.optimizer.state.values() for value in state.values()]
 
     def state_dict(self):
-        """Return all that the next epochs depend on, as tensors; to be called between two epochs."""
+        """Return all that the next epochs depend on, as tensors, which training changes; for between two epochs."""
         return {
             "net": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict()["state"],

@@ -47,6 +47,12 @@ def draw_points(axis, place, values, color, vertical=True, **style):
     (axis.hlines if vertical else axis.vlines)(values.mean(), place - 0.25, place + 0.25, color=color, linewidth=2)
 
 
+def n_of(runs, *columns):
+    """Say how many runs there are for each value of some columns: "n = 3", or "n = 3 or 5"."""
+    counts = runs.groupby([*columns], dropna=False).size().unique()
+    return "n = " + " or ".join(map(str, sorted(counts)))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # From rows
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,7 +91,7 @@ def plot_rate(rows):
             axis.scatter(own["learning_rate"], own["validation_accuracy"], color=COLORS[norm], s=12, alpha=0.6)
             crosses = line[~(line >= LOWEST)].index
             strip.scatter(crosses, [-place] * len(crosses), color=COLORS[norm], marker="x", s=18)
-        axis.set(title=title, xscale="log", ylim=(LOWEST, 88))
+        axis.set(title=title, xscale="log", ylim=(LOWEST, max(88, 0.5 + runs["validation_accuracy"].max())))
         strip.set(xlabel="learning rate", yticks=[], ylim=(-len(ALL) + 0.3, 0.7))
         strip.minorticks_off()
         strip.set_xticks(tried[1::2], [f"{rate:g}" for rate in tried[1::2]])
@@ -117,15 +123,15 @@ def plot_statistics(rows, inside):
     left.set_yticks(ticks := [0.01, 0.03, 0.1, 0.3], ticks)
     batch = select(rows, study="batch")
     for norm in ("layer", "group"):
-        values = select(batch, norm=norm)["test_accuracy"]
-        right.axhspan(values.min(), values.max(), color=COLORS[norm], alpha=0.25, linewidth=0, label=LABELS[norm])
+        low, high = select(batch, norm=norm)["test_accuracy"].agg(["min", "max"], skipna=False)
+        right.axhspan(low, high, color=COLORS[norm], alpha=0.25, linewidth=0, label=LABELS[norm])
     sizes = sorted(batch["statistics_batch"].dropna().unique())
     for place, size in enumerate(sizes):
         values = select(batch, statistics_batch=size)["test_accuracy"]
         draw_points(right, place, values, COLORS["batch"], label=None if place else LABELS["batch"])
     right.set_xticks(range(len(sizes)), [f"{size:.0f}" for size in sizes])
     right.set(xlabel="images in a ghost batch", ylabel="test accuracy, %")
-    right.set_title("test accuracy, a point per run (n = 3)", fontsize=10)
+    right.set_title(f"test accuracy, a point per run ({n_of(batch, 'net', 'statistics_batch')})", fontsize=10)
     right.legend(frameon=False, loc="lower right")
     return figure
 
@@ -147,8 +153,8 @@ def plot_axes(rows):
     labels = [f"{kind.replace('; ', chr(10))}\n{parameters[kind]:,} parameters" for kind in kinds]
     right.set_yticks(range(len(kinds)), labels, fontsize=8)
     right.set(xlabel="test accuracy, %", ylim=(len(kinds) - 0.5, -0.5))
-    left.set_title("group norm, by number of groups (n = 3)", fontsize=10)
-    right.set_title("layer norm, by axes (n = 3)", fontsize=10)
+    left.set_title(f"group norm, by number of groups ({n_of(select(rows, study='groups'), 'groups')})", fontsize=10)
+    right.set_title(f"layer norm, by axes ({n_of(runs, 'kind')})", fontsize=10)
     right.grid(visible=False, axis="y")
     return figure
 
@@ -170,7 +176,7 @@ def plot_budget(rows):
         axis.minorticks_off()
         axis.set_xticks(line.index, [f"{count:,}" for count in line.index], fontsize=8.5)
     axes[0].set_ylabel("test accuracy, %")
-    axes[0].legend(frameon=False, loc="lower right", title="n = 3")
+    axes[0].legend(frameon=False, loc="lower right", title=n_of(runs, "norm", column))
     return figure
 
 
@@ -196,7 +202,7 @@ def plot_lead(rows):
             )
         axis.axhline(0, color=GRAY, linewidth=1)
         sizes = sorted(table[table["dataset"] == data]["batch_size"].unique())
-        axis.set(title=data, xscale="log", xlabel="batch size, images", xlim=(55, 2 * sizes[-1]))
+        axis.set(title=data, xscale="log", xlabel="batch size, images", xlim=(min(55, 0.9 * sizes[0]), 2 * sizes[-1]))
         axis.minorticks_off()
         axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
     axes[0].set_ylabel("lead over layer norm,\npercentage points")

@@ -52,7 +52,6 @@ CHOICES = {  # of draw_recipes, beside learning rate and weight decay
     "crop": (1, 2, 3, 4),
 }
 RECIPE = ["learning_rate", "weight_decay", *CHOICES]
-WHOLE = ("groups", "statistics_batch", "train_images")  # columns that hold a whole number or nothing
 TYPES = {name: int if name in ("batch_size", "crop") else float for name in RECIPE}
 SETTING = ["optimizer", "net", "learning_rate", "weight_decay"]
 
@@ -345,9 +344,9 @@ def read_texts(path=RUNS):
     A spreadsheet or pandas may have written 4.0 or 3E-05 for 4 or 3e-05.
     """
     rows = records.read_rows(path, texts=True)
-    kinds = {field.name: field.type for field in fields(Experiment)} | dict.fromkeys(WHOLE, int)
-    for name, kind in kinds.items():
-        if name in rows and kind in (int, float):
+    for name, kind in [("train_images", int), *((field.name, field.type) for field in fields(Experiment))]:
+        if name in rows and kind in (int, int | str, float, float | str):
+            kind = int if kind in (int, int | str) else float
             rows[name] = [records.number_text(text, kind) for text in rows[name]]
     return rows
 
@@ -388,10 +387,13 @@ def best_decays(rows):
 
 
 def rate_runs(rows):
-    """Return the runs of the studies of rates at `best_decays`, where all three seeds are there."""
+    """Return the runs of the studies of rates at `best_decays`. ValueError while one has fewer than three seeds."""
     chosen = pd.DataFrame(best_decays(rows), columns=SETTING)
     runs = rows[rows["study"].isin(("rate", "rate-seeds"))].merge(chosen, on=SETTING)
-    return runs.groupby(SETTING).filter(lambda seeds: len(seeds) == 3)
+    for setting, count in runs.groupby(SETTING).size().items():
+        if count < 3:
+            raise ValueError(f"{' '.join(map(str, setting))} has {count} of 3 seeds; run the sweep rate-seeds first")
+    return runs
 
 
 def best_settings(rows):

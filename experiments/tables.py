@@ -155,11 +155,17 @@ def holm(p_values):
     return corrected
 
 
+def check_seeds(runs, keys):
+    """Raise ValueError when runs that are alike in `keys` have a seed twice: they are of several settings."""
+    for key, count in runs.groupby([*keys, "seed"]).size().items():
+        if count > 1:
+            *key, seed = map(str, key)
+            raise ValueError(f"seed {seed} of {', '.join(key)} has {count} rows; give runs of one setting")
+
+
 def samples(runs, column="test_accuracy"):
     """Collect a column of runs of one setting as {norm: values}. ValueError when a seed is there twice."""
-    for (norm, seed), count in runs.groupby(["norm", "seed"]).size().items():
-        if count > 1:
-            raise ValueError(f"seed {seed} of {norm} norm has {count} rows; give runs of one setting")
+    check_seeds(runs, ["norm"])
     return {norm: own[column].to_numpy(float) for norm, own in runs.groupby("norm")}
 
 
@@ -263,7 +269,7 @@ def tuned(rows):
     runs = select(rows, study=[f"lead-{part}" for part in ("rate", "decay", "seeds", "edges")], norm=NORMS)
     runs = select(runs, optimizer="muon", augment="none")
     keys = ["batch_size", "norm", "learning_rate", "weight_decay"]
-    best = validation_means(runs.groupby(keys).filter(lambda seeds: len(seeds) == 3), keys).groupby(keys[:2])
+    best = validation_means(runs.groupby(keys).filter(lambda seeds: len(seeds) >= 3), keys).groupby(keys[:2])
     table = best.max().unstack()[list(NORMS)]
     table["mean"] = table.mean(axis=1, skipna=False)
     for norm, settings in best.idxmax().unstack()[list(NORMS)].items():
@@ -274,7 +280,9 @@ def tuned(rows):
 def recipe_changes(rows):
     """Mean validation accuracy by norm and over norms, with the published settings changed one at a time, n = 3."""
     settings = ["augment", "weight_decay", "momentum", "label_smoothing", "warmup"]
-    table = validation_means(select(rows, study="recipe"), [*settings, "norm"]).unstack()
+    runs = select(rows, study="recipe")
+    check_seeds(runs, [*settings, "norm"])
+    table = validation_means(runs, [*settings, "norm"]).unstack()
     table = table[list(NORMS)].rename_axis(index=lambda name: name.replace("_", " "))
     return table.assign(mean=table.mean(axis=1, skipna=False)).sort_values(
         ["augment", "mean"], ascending=[False, False]
@@ -306,7 +314,8 @@ def random_recipes(rows, search="search"):
     lines = []
     for norm in ALL:
         tried, seeds, best = (select(rows, study=f"{search}{part}", norm=norm) for part in ("", "-seeds", "-best"))
-        recipe = best[RECIPE].drop_duplicates().iloc[0]
+        check_seeds(best, ["norm"])
+        recipe = best[RECIPE].iloc[0]
         line = {"norm": norm} | {name.replace("_", " "): TYPES[name](value) for name, value in recipe.items()}
         line["validation"] = validation_means(seeds, RECIPE).max()
         line |= moments(best["test_accuracy"])
@@ -367,9 +376,9 @@ def by_rate(runs):
 
 
 def optimizer_runs(rows):
-    """The runs of the study optimizer at `best_settings`, of each optimizer and net that has ten seeds there."""
+    """The runs of the study optimizer at `best_settings`, of each optimizer and net that has ten seeds or more."""
     chosen = pd.DataFrame(best_settings(rows), columns=SETTING)
-    return select(rows, study="optimizer").merge(chosen, on=SETTING).groupby(SETTING).filter(lambda own: len(own) == 10)
+    return select(rows, study="optimizer").merge(chosen, on=SETTING).groupby(SETTING).filter(lambda own: len(own) >= 10)
 
 
 def optimizers(rows):
@@ -515,9 +524,10 @@ def ridge_gaps(rows, thresholds=(0.5, 1.0, 2.0)):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def spread(runs, keys):
-    """Mean, lowest and highest test accuracy by `keys`, and the number of runs."""
-    by_key = runs.groupby(keys, sort=False)["test_accuracy"]
+def spread(runs, column):
+    """Mean, lowest and highest test accuracy by a column, and the number of runs."""
+    check_seeds(runs, [column])
+    by_key = runs.groupby(column, sort=False)["test_accuracy"]
     means, lowest, highest = (by_key.agg(name, skipna=False) for name in ("mean", "min", "max"))
     return pd.DataFrame({"test accuracy": means, "lowest": lowest, "highest": highest, "n": by_key.size()})
 
@@ -726,7 +736,10 @@ def part_runs(rows, study="part"):
     """The runs that compare parts of the norm, named by net: "layer", "layer, standardized", "RMS"."""
     runs = select(rows, study=study).assign(optimizer=lambda own: own["optimizer"].map(TUNED))
     names = runs["norm"].mask(runs["layer_variant"].isin(["RMS", "tanh"]), runs["layer_variant"])
-    return runs.assign(net=names.mask(runs["convolution"].notna(), names + ", standardized"))
+    runs = runs.assign(net=names.mask(runs["convolution"].notna(), names + ", standardized"))
+    if study == "part":
+        check_seeds(runs, ["optimizer", "net"])
+    return runs
 
 
 def parts(rows):
@@ -737,7 +750,7 @@ def parts(rows):
     keys = ["optimizer", "net"]
     tried = part_runs(rows, [f"part-{part}" for part in ("rate", "decay", "seeds", "edges")])
     setting = [*keys, "learning_rate", "weight_decay"]
-    seeds = tried.groupby(setting).filter(lambda own: len(own) == 3)
+    seeds = tried.groupby(setting).filter(lambda own: len(own) >= 3)
     runs = part_runs(rows).groupby(keys)
     table = pd.DataFrame({"held-out": validation_means(seeds, setting).groupby(level=keys).max()})
     table["test accuracy"], table["std"] = (runs["test_accuracy"].agg(name, skipna=False) for name in ("mean", "std"))

@@ -1388,6 +1388,15 @@ def test_the_commit_is_named_with_a_plus_when_code_differs(tmp_path, commit_at, 
     assert commit_at(tmp_path / "ours") == f"{commit}+"
 
 
+def test_code_that_was_committed_after_it_was_loaded_is_not_that_of_the_commit(tmp_path, commit_at, monkeypatch):
+    commit = make_repository(tmp_path / "ours", *OURS)
+    models = tmp_path / "ours" / "models.py"
+    monkeypatch.setattr(records, "LOADED", {models: models.read_bytes()})
+    assert commit_at(tmp_path / "ours") == commit
+    monkeypatch.setattr(records, "LOADED", {models: b"what it was before the commit"})
+    assert commit_at(tmp_path / "ours") == f"{commit}+"
+
+
 @pytest.mark.parametrize("tracked", [False, True])
 @pytest.mark.parametrize("place", ["", "vendored/nets"])
 def test_the_commit_of_someone_elses_repository_is_not_ours(tmp_path, commit_at, tracked, place):

@@ -146,9 +146,9 @@ def test_master_weights_are_float32_and_what_the_copy_rounds(small, monkeypatch)
     net = utils.build("NetA", SHORT)
     trainer = Trainer(net, small, SHORT)
     assert trainer.model.C2.conv.weight.dtype == torch.bfloat16
-    for _ in range(trainer.steps_per_epoch):
-        last = {name: p.clone() for name, p in net.named_parameters() if ".norm." not in name}
-        trainer.step()
+    now = None
+    for _ in trainer.epoch():
+        last, now = now, {name: p.clone() for name, p in net.named_parameters() if ".norm." not in name}
     assert {p.dtype for p in net.parameters()} == {torch.float32}
     assert len(trainer.copied) == 12  # ten convolutions, weight and bias of c11
     for (low, _), (name, before) in zip(trainer.copied, last.items(), strict=True):
@@ -173,21 +173,55 @@ def test_weights_that_change_between_steps_are_those_that_are_trained(small, flo
     assert found == [True] * 6
 
 
-@pytest.mark.parametrize(
-    "move",
-    [
-        lambda net: net.double().float(),
-        lambda net: setattr(net.C4.conv, "weight", nn.Parameter(net.C4.conv.weight.detach().clone())),
-        lambda net: setattr(net.C4.norm, "running_mean", net.C4.norm.running_mean.clone()),
-    ],
-)
-def test_a_net_whose_tensors_moved_is_refused_before_an_epoch(small, move):
+CHANGES = {
+    "moved": lambda net: net.double().float(),
+    "a new parameter": lambda net: setattr(net.C4.conv, "weight", nn.Parameter(net.C4.conv.weight.detach().clone())),
+    "a new buffer": lambda net: setattr(net.C4.norm, "running_mean", net.C4.norm.running_mean.clone()),
+    "frozen": lambda net: net.c11.requires_grad_(False),
+    "evaluated": lambda net: net.eval(),
+    "a module": lambda net: setattr(net.C4, "activation", nn.ReLU()),
+    "one more": lambda net: net.C10.add_module("dropout", nn.Dropout(0.5)),
+    "a setting": lambda net: setattr(net.C1.norm, "eps", 0.1),
+    "a hook": lambda net: net.C1.register_forward_hook(lambda *_: None),
+    "a hook of a weight": lambda net: net.C1.conv.weight.register_hook(lambda gradient: 0 * gradient),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_net_that_changes_in_more_than_weights_is_refused_before_an_epoch(small, change):
     net = utils.build("NetA", SHORT)
     trainer = Trainer(net, small, SHORT)
     run_epoch(trainer)
-    move(net)
-    with pytest.raises(ValueError, match=r"^the net's tensors were moved or replaced since this Trainer was made"):
+    change(net)
+    before = weights(net)
+    with pytest.raises(ValueError, match=r"^the net was changed since this Trainer was made, in more than its weights"):
         run_epoch(trainer)
+    assert torch.equal(weights(net), before)
+
+
+def test_a_net_that_trains_as_it_is_may_change_between_epochs(small):
+    net = utils.build("NetA", SHORT)
+    net.register_forward_hook(lambda *_: None)
+    trainer = Trainer(net, small, SHORT)
+    run_epoch(trainer)
+    net.C4.activation, before = nn.ReLU(), net.c11.weight.detach().clone()
+    loss = F.cross_entropy(net(normalize(small.images[:50])), small.labels[:50]).item()
+    run_epoch(trainer)
+    assert not torch.equal(net.c11.weight, before)
+    assert trainer.means()[0] < loss + 1
+
+
+def test_steps_and_batches_are_those_of_an_epoch(small):
+    trainer = Trainer(utils.build("NetA", SHORT), small, SHORT)
+    for take in (trainer.step, trainer.batch):
+        with pytest.raises(ValueError, match=r"^no epoch is under way; take steps by iterating over epoch\(\)$"):
+            take()
+    for number, _ in enumerate(trainer.epoch()):
+        if number == 0:
+            _, labels = trainer.batch()
+            assert torch.equal(labels, small.labels[trainer.order[1]])
+    with pytest.raises(ValueError, match="no epoch is under way"):
+        trainer.step()
 
 
 def test_means_are_those_of_the_steps_so_far(small, float32):
@@ -433,7 +467,7 @@ def test_a_parameter_without_a_gradient_is_refused_by_name(small):
     net = models.NetA(widths=NARROW)
     net.C5.register_parameter("spare", nn.Parameter(torch.ones(1)))
     with pytest.raises(ValueError, match=r"^C5.spare gets no gradient; give a net that uses all its parameters$"):
-        Trainer(net, small, SHORT).step()
+        run_epoch(Trainer(net, small, SHORT))
 
 
 class Counting(nn.SiLU):

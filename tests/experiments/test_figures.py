@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -206,3 +207,12 @@ def test_rows_that_can_not_be_drawn_end_in_one_line(tmp_path, monkeypatch, capsy
     with pytest.raises(SystemExit):
         figures.main([])
     assert "error: " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_figures_say_how_many_runs_there_are():
+    runs = pd.DataFrame({"net": ["NetA"] * 3 + ["NetB"] * 5, "groups": ["", "", ""] + ["4"] * 5})
+    assert figures.n_of(runs, "net") == figures.n_of(runs, "net", "groups") == "n = 3 or 5"
+    rows = tables.read_results()
+    more = rows[rows["study"] == "groups"].iloc[:1].assign(seed=7)
+    assert figures.plot_axes(rows).axes[0].get_title() == "group norm, by number of groups (n = 3)"
+    assert figures.plot_axes(pd.concat([rows, more])).axes[0].get_title().endswith("(n = 3 or 4)")

@@ -93,8 +93,28 @@ def test_holm_multiplies_by_the_number_that_is_left():
 
 def test_a_seed_that_is_there_twice_is_refused():
     runs = pd.DataFrame({"norm": "batch", "seed": [0, 1, 1], "test_accuracy": [1.0, 2.0, 3.0]})
-    with pytest.raises(ValueError, match="seed 1 of batch norm has 2 rows"):
+    with pytest.raises(ValueError, match="seed 1 of batch has 2 rows"):
         tables.samples(runs)
+
+
+@pytest.mark.parametrize(
+    ("table", "study"),
+    [
+        (tables.parts, "part"),
+        (tables.part_contrasts, "part"),
+        (tables.part_leads, "part"),
+        (tables.ghost_batches, "batch"),
+        (tables.groups, "groups"),
+        (tables.layer_kinds, "layer"),
+        (tables.recipe_changes, "recipe"),
+        (tables.random_recipes, "search-best"),
+    ],
+)
+def test_no_table_pools_two_settings_of_a_net(table, study):
+    other = ROWS[ROWS["study"] == study].iloc[:1].assign(learning_rate=0.5)
+    table(ROWS)
+    with pytest.raises(ValueError, match=r"^seed \d of .* has 2 rows; give runs of one setting$"):
+        table(pd.concat([ROWS, other]))
 
 
 def test_differences_of_the_published_rows():
@@ -478,7 +498,8 @@ def test_a_best_recipe_has_its_accuracies_and_how_many_overflowed():
         for seed in (1, 2, 3):
             for one, accuracy in ((recipe, 80), (other, 79)):
                 found.append({"study": "search-seeds", "norm": norm, "validation_accuracy": accuracy + seed} | one)
-        found += [{"study": "search-best", "norm": norm, "test_accuracy": 85 + seed} | recipe for seed in range(10)]
+        best = {"study": "search-best", "norm": norm} | recipe
+        found += [best | {"seed": seed, "test_accuracy": 85 + seed} for seed in range(10)]
     table = tables.random_recipes(pd.DataFrame(found))
     assert table.loc["layer", ["batch size", "validation", "test accuracy", "n"]].tolist() == [64, 82, 89.5, 10]
     assert (table["overflow"] == "1 of 2").all()

@@ -143,7 +143,7 @@ def test_weights_that_are_loaded_late_are_trained_and_moved_ones_refused(data, f
         found.append(flat(net))
     assert torch.equal(*found)
     net.cpu().cuda()
-    with pytest.raises(ValueError, match="moved or replaced"):
+    with pytest.raises(ValueError, match="the net was changed since"):
         next(trainer.epoch())
 
 
@@ -178,13 +178,13 @@ def test_the_captured_step_stops_where_the_eager_one_does(data, fused):
 
 def test_no_garbage_is_collected_while_a_step_is_recorded(data, monkeypatch):
     """It may hold another net's graph, and to free that ends the recording."""
-    seen, step = [], Trainer.step
+    seen, step = [], Trainer.compute_step
 
     def watched(trainer):
         seen.append((torch.cuda.is_current_stream_capturing(), gc.isenabled()))
         step(trainer)
 
-    monkeypatch.setattr(Trainer, "step", watched)
+    monkeypatch.setattr(Trainer, "compute_step", watched)
     Trainer(utils.build("NetA", SHORT), data, SHORT, fused=False)
     assert (True, False) in seen
     assert (True, True) not in seen

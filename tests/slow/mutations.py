@@ -392,11 +392,11 @@ MUTATIONS = [
         f"{SWEEPS}::test_rows_from_before_a_column_count_as_finished",
     ),
     (
-        "a setting without all three seeds is not the best",
+        "while a setting lacks seeds, none is the best",
         "experiments/sweeps.py",
-        "lambda seeds: len(seeds) == 3",
-        "lambda seeds: len(seeds) > 0",
-        f"{SWEEPS}::test_a_setting_without_three_seeds_is_not_the_best",
+        "        if count < 3:\n",
+        "        if False:\n",
+        f"{SWEEPS}::test_while_a_setting_lacks_seeds_none_is_the_best",
     ),
     # devices
     (
@@ -450,11 +450,18 @@ MUTATIONS = [
         f"{TRAINER}::test_weights_that_change_between_steps_are_those_that_are_trained",
     ),
     (
-        "a net whose tensors moved is refused",
+        "a net that changes in more than its weights is refused",
         "engine/trainer.py",
-        "        if self.addresses and self.addresses != addresses(self.net):\n",
+        "        if self.held and self.held != fast.held(self.net):\n",
         "        if False:\n",
-        f"{TRAINER}::test_a_net_whose_tensors_moved_is_refused_before_an_epoch",
+        f"{TRAINER}::test_a_net_that_changes_in_more_than_weights_is_refused_before_an_epoch",
+    ),
+    (
+        "steps are those of an epoch",
+        "engine/trainer.py",
+        "        if self.steps_taken == self.steps_per_epoch:\n",
+        "        if False:\n",
+        f"{TRAINER}::test_steps_and_batches_are_those_of_an_epoch",
     ),
     (
         "means are those of the steps so far",
@@ -469,6 +476,20 @@ MUTATIONS = [
         'if field.name != "seed"]',
         'if field.name not in ("seed", "statistics_batch")]',
         "tests/experiments/test_tuning.py::test_cells_that_differ_in_any_field_choose_by_their_own_runs",
+    ),
+    (
+        "runs of two settings are no sample",
+        "experiments/tables.py",
+        "        if count > 1:\n",
+        "        if False:\n",
+        "tests/experiments/test_tables.py::test_no_table_pools_two_settings_of_a_net",
+    ),
+    (
+        "code that changed since it was loaded is not that of the commit",
+        "engine/records.py",
+        "changed or any(",
+        "changed and any(",
+        f"{RECORDS}::test_code_that_was_committed_after_it_was_loaded_is_not_that_of_the_commit",
     ),
     (
         "mistakes of other images are refused",
