@@ -49,7 +49,7 @@ def test_captured_eager_and_repeated_runs_agree_bit_for_bit(name, data, monkeypa
     settings = replace(SHORT, augment="flip+crop", batch_size=batch_size)
     first = trained(name, data, settings, fused)
     assert torch.equal(first, trained(name, data, settings, fused))
-    monkeypatch.setattr(Trainer, "capture", lambda trainer: trainer.step)
+    monkeypatch.setattr(Trainer, "capture", lambda trainer: trainer.compute_step)
     assert torch.equal(first, trained(name, data, settings, fused))
 
 
