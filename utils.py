@@ -22,7 +22,7 @@ import models
 from engine import fast, files, records
 from engine.data import check_images, check_text, normalize
 from engine.figures import COLORS, save_figure, title
-from engine.probe import describe_votes, eval_mode
+from engine.probe import check_votes, describe_votes, eval_mode
 from engine.statistics import contrast
 from engine.trainer import OPTIMIZERS, Trainer, check_input, check_kind, takes_fused_step
 from models import NORM_OF, choose, show, whole_number
@@ -393,8 +393,8 @@ def plot_mistakes(run, data, path=None, votes=None):
     """
     records.check_tested(run, data)
     labels, scores = data.test_labels.cpu(), run.scores
-    if votes is not None and (data.split != "test" or votes.shape != (len(labels), len(data.classes))):
-        raise ValueError(f"votes are for other images than those of {data.name}, {data.split} split; leave them out")
+    if votes is not None:
+        check_votes(votes, data)
     chosen = most_confident_mistakes(scores.predictions, scores.confidences, labels).tolist()
     figure, axes = plt.subplots(5, 4, figsize=(8, 7.9), width_ratios=(1, 2.15) * 2)
     figure.subplots_adjust(0.01, 0.01, 0.99, 0.89 if data.synthetic else 0.92, wspace=0.05, hspace=0.12)

@@ -13,6 +13,7 @@ from torch import nn
 
 import models
 
+SETTINGS = bool | int | float | str | tuple | None  # what the attributes of a module are compared for
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")  # of a module
 
 
@@ -94,10 +95,18 @@ def low_precision_copy(net, dtype):
 
 def held(net):
     """Return what a copy, a CUDA graph or the fused step of a net holds, beside the values of its tensors."""
-    tensors = [*net.parameters(), *net.buffers()]
-    hooked = [bool(one._backward_hooks or one._post_accumulate_grad_hooks) for one in tensors]
-    modules = [(id(one), one.training, *(len(getattr(one, hooks)) for hooks in HOOKS)) for one in net.modules()]
-    return repr(net), [(one.data_ptr(), one.requires_grad) for one in tensors], hooked, modules
+
+    def settings(module):
+        return {name: value for name, value in vars(module).items() if isinstance(value, SETTINGS) or callable(value)}
+
+    tensors = [
+        (one.data_ptr(), one.requires_grad, bool(one._backward_hooks or one._post_accumulate_grad_hooks))
+        for one in [*net.parameters(), *net.buffers()]
+    ]
+    modules = [
+        (id(one), type(one), settings(one), *(len(getattr(one, hooks)) for hooks in HOOKS)) for one in net.modules()
+    ]
+    return tensors, modules
 
 
 def runs_in_order(net):

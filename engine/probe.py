@@ -27,10 +27,10 @@ def layer_table(net):
     lines, x = [], torch.zeros(1, 3, 32, 32)
     for name, layer in copy.deepcopy(net).cpu().eval()._modules.items():
         x = layer(x)
-        conv = getattr(layer, "conv", layer)
+        conv, activation = getattr(layer, "conv", layer), getattr(layer, "activation", None)
         kind = "x".join(map(str, conv.kernel_size)) + " conv" if isinstance(conv, nn.Conv2d) else type(layer).__name__
-        if isinstance(layer, nn.Sequential):
-            kind += f", norm, {type(layer.activation).__name__}"
+        if isinstance(layer, nn.Sequential) and activation is not None:
+            kind += f", norm, {type(activation).__name__}"
         shape = "x".join(str(n) for n in x.shape[1:])
         count = sum(p.numel() for p in layer.parameters())
         lines.append({"layer": name, "type": kind, "output": shape, "parameters": count})
@@ -109,12 +109,19 @@ def overlap(mistakes):
     return norms.map(names).value_counts().rename("images")
 
 
+def check_votes(votes, data):
+    """Raise ValueError unless `votes` can be people's answers on the test images of `data`."""
+    if data.split != "test" or votes.shape != (len(data.test_labels), len(data.classes)):
+        raise ValueError(f"votes are for other images than those of {data.name}, {data.split} split; leave them out")
+
+
 def people_table(runs, data, votes):
     """Compare the mistakes of {norm: Run} with people's answers: percentages of each norm's mistakes.
 
     votes     (N, classes) counts from `engine.data.human_votes`
     disputed  fewer than 90% of people give the label; on the last line, of all test images
     """
+    check_votes(votes, data)
     labels = data.test_labels.cpu()
     agreeing = votes[torch.arange(len(labels)), labels] / votes.sum(1)
     disputed, commonest = agreeing < 0.9, votes.argmax(1)
@@ -138,6 +145,7 @@ def vote_table(runs, data, votes):
 
     votes  (N, classes) counts from `engine.data.human_votes`
     """
+    check_votes(votes, data)
     labels, commonest = data.test_labels.cpu(), votes.argmax(1)
     against = (2 * votes[torch.arange(len(labels)), commonest] > votes.sum(1)) & (commonest != labels)
     lines = []

@@ -397,7 +397,9 @@ class Trainer:
         }
 
     def load_state_dict(self, state):
-        """Resume from a `state_dict` of the same net, data and settings."""
+        """Resume from a `state_dict` of the same net, data and settings, between two epochs."""
+        self.steps_taken = self.steps_per_epoch
+        self.metric_sums.zero_()
         self.net.load_state_dict(state["net"])
         self.epochs_left = self.settings.epochs - int(state["global_step"]) // self.steps_per_epoch
         # Written in place, since a captured graph reads these very tensors.

@@ -21,6 +21,7 @@ from engine.figures import COLORS, GRAY, save_figure
 from engine.probe import class_activation_maps
 from experiments import ROOT, tables
 from experiments.tables import ALL, NORMS, OPTIMIZERS, select
+from experiments.tuning import check_seeds
 from models import NORM_OF
 
 LABELS = {"batch": "batch norm", "layer": "layer norm", "group": "group norm", "none": "no norm"}
@@ -48,7 +49,8 @@ def draw_points(axis, place, values, color, vertical=True, **style):
 
 
 def n_of(runs, *columns):
-    """Say how many runs there are for each value of some columns: "n = 3", or "n = 3 or 5"."""
+    """Say how many runs, each seed once, there are for each value of some columns: "n = 3", or "n = 3 or 5"."""
+    check_seeds(runs, columns)
     counts = runs.groupby([*columns], dropna=False).size().unique()
     return "n = " + " or ".join(map(str, sorted(counts)))
 
@@ -172,11 +174,12 @@ def plot_budget(rows):
             line = own.groupby(column)["test_accuracy"].mean(skipna=False)
             axis.scatter(own[column] * aside, own["test_accuracy"], s=14, color=COLORS[norm], alpha=0.6, linewidth=0)
             axis.plot(line.index * aside, line, color=COLORS[norm], label=LABELS[norm])
-        axis.set(xscale="linear" if column == "parameters" else "log", title=label)
+        title = f"{label} ({n_of(runs, 'norm', column)})"
+        axis.set(xscale="linear" if column == "parameters" else "log", title=title)
         axis.minorticks_off()
         axis.set_xticks(line.index, [f"{count:,}" for count in line.index], fontsize=8.5)
     axes[0].set_ylabel("test accuracy, %")
-    axes[0].legend(frameon=False, loc="lower right", title=n_of(runs, "norm", column))
+    axes[0].legend(frameon=False, loc="lower right")
     return figure
 
 
@@ -215,6 +218,8 @@ def plot_scaling(bench):
     bench  rows of results/bench.csv whose path is "scale"
     """
     bench = bench[bench["path"] == "scale"]
+    if len(devices := bench["device"].unique()) > 1:
+        raise ValueError(f"the rows are of {' and '.join(devices)}; give those of one device")
     steps = bench["train_images"] // bench["batch_size"]
     bench = bench.assign(launches=pd.to_numeric(bench["launches_per_step"], errors="coerce") * steps)  # of an epoch
     sweeps = {

@@ -14,7 +14,7 @@ import pandas as pd
 import models
 from engine import records
 from experiments import ROOT
-from experiments.tuning import MOMENTUM, Cell, tuning, validation_means
+from experiments.tuning import MOMENTUM, Cell, check_seeds, tuning, validation_means
 from experiments.variants import Experiment
 from utils import NETS, Settings
 
@@ -390,9 +390,7 @@ def rate_runs(rows):
     """Return the runs of the studies of rates at `best_decays`. ValueError while one has fewer than three seeds."""
     chosen = pd.DataFrame(best_decays(rows), columns=SETTING)
     runs = rows[rows["study"].isin(("rate", "rate-seeds"))].merge(chosen, on=SETTING)
-    for setting, count in runs.groupby(SETTING).size().items():
-        if count < 3:
-            raise ValueError(f"{' '.join(map(str, setting))} has {count} of 3 seeds; run the sweep rate-seeds first")
+    check_seeds(runs, SETTING, 3)
     return runs
 
 

@@ -16,7 +16,8 @@ from scipy import stats
 from engine import records
 from engine.statistics import contrast
 from experiments import ROOT
-from experiments.sweeps import RECIPE, SETTING, STEPS, TYPES, best_settings, rate_runs, validation_means
+from experiments.sweeps import RECIPE, SETTING, STEPS, TYPES, best_settings, rate_runs
+from experiments.tuning import check_seeds, validation_means
 from models import NORM_OF
 
 RESULTS = ROOT / "results"
@@ -155,14 +156,6 @@ def holm(p_values):
     return corrected
 
 
-def check_seeds(runs, keys):
-    """Raise ValueError when runs that are alike in `keys` have a seed twice: they are of several settings."""
-    for key, count in runs.groupby([*keys, "seed"]).size().items():
-        if count > 1:
-            *key, seed = map(str, key)
-            raise ValueError(f"seed {seed} of {', '.join(key)} has {count} rows; give runs of one setting")
-
-
 def samples(runs, column="test_accuracy"):
     """Collect a column of runs of one setting as {norm: values}. ValueError when a seed is there twice."""
     check_seeds(runs, ["norm"])
@@ -280,9 +273,7 @@ def tuned(rows):
 def recipe_changes(rows):
     """Mean validation accuracy by norm and over norms, with the published settings changed one at a time, n = 3."""
     settings = ["augment", "weight_decay", "momentum", "label_smoothing", "warmup"]
-    runs = select(rows, study="recipe")
-    check_seeds(runs, [*settings, "norm"])
-    table = validation_means(runs, [*settings, "norm"]).unstack()
+    table = validation_means(select(rows, study="recipe"), [*settings, "norm"], seeds=3).unstack()
     table = table[list(NORMS)].rename_axis(index=lambda name: name.replace("_", " "))
     return table.assign(mean=table.mean(axis=1, skipna=False)).sort_values(
         ["augment", "mean"], ascending=[False, False]
@@ -317,7 +308,7 @@ def random_recipes(rows, search="search"):
         check_seeds(best, ["norm"])
         recipe = best[RECIPE].iloc[0]
         line = {"norm": norm} | {name.replace("_", " "): TYPES[name](value) for name, value in recipe.items()}
-        line["validation"] = validation_means(seeds, RECIPE).max()
+        line["validation"] = validation_means(seeds, RECIPE, seeds=3).max()
         line |= moments(best["test_accuracy"])
         lines.append(line | {"overflow": f"{(tried['status'] == 'diverged').sum()} of {len(tried)}"})
     table = pd.DataFrame(lines).set_index("norm")
@@ -378,7 +369,9 @@ def by_rate(runs):
 def optimizer_runs(rows):
     """The runs of the study optimizer at `best_settings`, of each optimizer and net that has ten seeds or more."""
     chosen = pd.DataFrame(best_settings(rows), columns=SETTING)
-    return select(rows, study="optimizer").merge(chosen, on=SETTING).groupby(SETTING).filter(lambda own: len(own) >= 10)
+    runs = select(rows, study="optimizer").merge(chosen, on=SETTING)
+    check_seeds(runs, SETTING)
+    return runs.groupby(SETTING).filter(lambda own: len(own) >= 10)
 
 
 def optimizers(rows):
@@ -443,7 +436,8 @@ def initial_weights(rows):
     From Kaiming's there is one weight decay; the best is over learning rates at which no seed overflowed.
     """
     tuned = validation_means(rate_runs(rows).query("norm == 'none'"), SETTING).groupby("optimizer").max()
-    kaiming = validation_means(rows[rows["study"] == "initial"], ["optimizer", "learning_rate"]).groupby("optimizer")
+    kaiming = validation_means(select(rows, study="initial"), ["optimizer", "learning_rate"], seeds=3)
+    kaiming = kaiming.groupby("optimizer")
     table = pd.DataFrame({"PyTorch's": tuned, "Kaiming's": kaiming.max()})
     table["learning rate"] = kaiming.idxmax().map(lambda key: key[1])
     return table.reindex(OPTIMIZERS).rename(OPTIMIZERS).rename_axis("optimizer")
@@ -650,8 +644,9 @@ def controls(rows):
 
 def chosen(rows):
     """The learning rate that was chosen for each line of `surface`."""
-    runs = surface_runs(rows)
-    table = runs.pivot_table("learning_rate", ["dataset", "optimizer", "batch_size"], "norm")[list(NORMS)]
+    runs, keys = surface_runs(rows), ["dataset", "optimizer", "batch_size"]
+    check_seeds(runs, [*keys, "norm"])
+    table = runs.pivot_table("learning_rate", keys, "norm")[list(NORMS)]
     return table.reindex(list(TUNED.values()), level="optimizer").map("{:g}".format)
 
 
@@ -698,7 +693,9 @@ def step_rates(rows):
     keys = ["batch_size", "optimizer", "norm"]
     tried = select(rows, study=("step-rate", "step-edges"))
     tried = tried[tried["validation_accuracy"] > 60].groupby(keys)["learning_rate"]
-    chosen = step_runs(rows).groupby(keys)["learning_rate"].first()
+    chosen = step_runs(rows)
+    check_seeds(chosen, keys)
+    chosen = chosen.groupby(keys)["learning_rate"].first()
     table = pd.DataFrame({"chosen": chosen, "smallest": tried.min(), "largest": tried.max()}).unstack()
     table = table.swaplevel(axis=1)[list(ALL)].reindex(STEPS, level="optimizer").rename(STEPS, level="optimizer")
     return table.rename_axis(["batch size", "step"]).map("{:g}".format)
@@ -715,6 +712,7 @@ def edges(rows):
     rows[keys] = rows[keys].astype(object).where(rows[keys].notna(), "")
     lines = []
     for name in ("lead", "lead-100", "step", "part"):
+        check_seeds(select(rows, study=name), keys)
         tried = select(rows, study=[f"{name}-{part}" for part in ("rate", "decay", "edges")]).groupby(keys)
         for key, own in select(rows, study=name).groupby(keys):
             rate, decay = own[["learning_rate", "decay"]].iloc[0]

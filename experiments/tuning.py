@@ -33,8 +33,23 @@ MUON = (0.003, 0.01, 0.03, 0.1, 0.3), 1.0  # first rates and decay of Muon and o
 KEYS = [field.name for field in fields(Experiment) if field.name != "seed"]  # columns that tell settings apart
 
 
-def validation_means(rows, keys):
-    """Return the mean validation accuracy by `keys`, columns of settings; nan where a run diverged."""
+def check_seeds(runs, keys, least=1):
+    """Raise ValueError unless runs that are alike in `keys` are of one setting: each seed once, `least` or more."""
+    for key in runs[runs.duplicated([*keys, "seed"])][[*keys, "seed"]].to_numpy():
+        *key, seed = map(str, key)
+        raise ValueError(f"seed {seed} of {', '.join(key)} is there twice; give runs of one setting")
+    for key, count in runs.groupby([*keys]).size().items() if least > 1 else ():
+        if count < least:
+            name = ", ".join(map(str, key if isinstance(key, tuple) else [key]))
+            raise ValueError(f"{name} has {count} of {least} seeds; run what is missing of its sweep first")
+
+
+def validation_means(rows, keys, seeds=1):
+    """Return the mean validation accuracy by `keys`, columns of settings; nan where a run diverged.
+
+    ValueError for runs of two settings, or with fewer than that many `seeds`.
+    """
+    check_seeds(rows, keys, seeds)
     accuracy = records.numbers(rows, "validation_accuracy").rename("accuracy")
     return accuracy.groupby([rows[key] for key in keys]).agg(lambda values: values.mean(skipna=False))
 

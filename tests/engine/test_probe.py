@@ -1,5 +1,6 @@
 """What is measured inside a net and of its mistakes, by plain arithmetic and by hand."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -226,7 +227,7 @@ def run_with(predictions):
 
 
 def test_people_table_by_hand():
-    data = SimpleNamespace(test_labels=torch.tensor([0, 1, 2, 0]))
+    data = SimpleNamespace(test_labels=torch.tensor([0, 1, 2, 0]), split="test", classes=range(10))
     votes = torch.zeros(4, 10, dtype=torch.int64)
     votes[0, 0], votes[0, 1] = 45, 5  # 90% agree: not disputed
     votes[1, 1], votes[1, 2] = 20, 30  # disputed, and most people say 2
@@ -247,8 +248,16 @@ def test_people_table_by_hand():
     assert table.loc["all test images"].tolist() == [4, 50.0, "-", "-"]
 
 
+@pytest.mark.parametrize(("split", "columns"), [("validation", 10), ("test", 9)])
+def test_votes_on_other_images_are_refused(small, split, columns):
+    data, votes = replace(small, split=split), torch.ones(len(small.test_labels), columns, dtype=torch.int64)
+    for table in (people_table, vote_table):
+        with pytest.raises(ValueError, match=r"^votes are for other images than those of .*; leave them out$"):
+            table({}, data, votes)
+
+
 def test_vote_table_by_hand():
-    data = SimpleNamespace(test_labels=torch.tensor([0, 1, 2, 0]))
+    data = SimpleNamespace(test_labels=torch.tensor([0, 1, 2, 0]), split="test", classes=range(10))
     votes = torch.zeros(4, 10, dtype=torch.int64)
     votes[0, 0], votes[0, 1] = 20, 30  # most people say 1
     votes[1, 2], votes[1, 3], votes[1, 1] = 20, 15, 15  # the commonest answer is not the label, but no majority

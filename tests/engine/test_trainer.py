@@ -182,6 +182,8 @@ CHANGES = {
     "a module": lambda net: setattr(net.C4, "activation", nn.ReLU()),
     "one more": lambda net: net.C10.add_module("dropout", nn.Dropout(0.5)),
     "a setting": lambda net: setattr(net.C1.norm, "eps", 0.1),
+    "a setting that is not shown": lambda net: setattr(net.P1, "divisor_override", 1),
+    "a method": lambda net: setattr(net.C1.norm, "forward", lambda x: 0.1 * x),
     "a hook": lambda net: net.C1.register_forward_hook(lambda *_: None),
     "a hook of a weight": lambda net: net.C1.conv.weight.register_hook(lambda gradient: 0 * gradient),
 }
@@ -197,6 +199,31 @@ def test_a_net_that_changes_in_more_than_weights_is_refused_before_an_epoch(smal
     with pytest.raises(ValueError, match=r"^the net was changed since this Trainer was made, in more than its weights"):
         run_epoch(trainer)
     assert torch.equal(weights(net), before)
+
+
+def test_what_a_norm_says_of_its_buffers_may_change(small):
+    """As its `extra_repr` may, since forward changes them."""
+
+    class Norm(models.ScaleShift):
+        state_in_buffers = True
+
+        def __init__(self, channels):
+            super().__init__(channels)
+            self.register_buffer("mean", torch.zeros(1))
+
+        def extra_repr(self):
+            return f"mean={self.mean.item()}"
+
+        def forward(self, x):
+            self.mean.lerp_(x.detach().mean().float(), 0.1)
+            return super().forward(x).to(x.dtype)
+
+    net = models.NetB(widths=NARROW)
+    net.C5.norm = Norm(8)
+    trainer = Trainer(net, small, SHORT)
+    run_epoch(trainer)
+    run_epoch(trainer)
+    assert trainer.model is not net
 
 
 def test_a_net_that_trains_as_it_is_may_change_between_epochs(small):
@@ -220,6 +247,12 @@ def test_steps_and_batches_are_those_of_an_epoch(small):
         if number == 0:
             _, labels = trainer.batch()
             assert torch.equal(labels, small.labels[trainer.order[1]])
+    with pytest.raises(ValueError, match="no epoch is under way"):
+        trainer.step()
+    state = copy.deepcopy(trainer.state_dict())
+    next(trainer.epoch())
+    trainer.load_state_dict(state)
+    assert trainer.means() == (0, 0)
     with pytest.raises(ValueError, match="no epoch is under way"):
         trainer.step()
 

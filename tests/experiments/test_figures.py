@@ -210,7 +210,7 @@ def test_rows_that_can_not_be_drawn_end_in_one_line(tmp_path, monkeypatch, capsy
 
 
 def test_figures_say_how_many_runs_there_are():
-    runs = pd.DataFrame({"net": ["NetA"] * 3 + ["NetB"] * 5, "groups": ["", "", ""] + ["4"] * 5})
+    runs = pd.DataFrame({"net": ["NetA"] * 3 + ["NetB"] * 5, "groups": ["", "", ""] + ["4"] * 5, "seed": range(8)})
     assert figures.n_of(runs, "net") == figures.n_of(runs, "net", "groups") == "n = 3 or 5"
     rows = tables.read_results()
     more = rows[rows["study"] == "groups"].iloc[:1].assign(seed=7)

@@ -207,10 +207,13 @@ def test_while_a_setting_lacks_seeds_none_is_the_best(rates):
     """Nor is it an overflow, which a missing mean would look like in tables and figures."""
     pair = (rates["net"] == "NetA") & (rates["learning_rate"] == "0.1") & (rates["optimizer"] == "muon")
     for seeds, count in ((("2",), 2), (("1", "2"), 1)):
-        with pytest.raises(
-            ValueError, match=rf"^muon NetA 0.1 .* has {count} of 3 seeds; run the sweep rate-seeds first$"
-        ):
+        with pytest.raises(ValueError, match=rf"^muon, NetA, 0.1, .* has {count} of 3 seeds; run what is missing"):
             best_of(rates[~(pair & rates["seed"].isin(seeds))])
+
+
+def test_other_momenta_are_not_pooled(rates):
+    with pytest.raises(ValueError, match=r"^seed 0 of sgd, NetA, .* is there twice; give runs of one setting$"):
+        best_of(pd.concat([rates, rates.assign(momentum="0.5")]))
 
 
 def test_a_pair_that_always_diverged_has_no_best_setting(rates):

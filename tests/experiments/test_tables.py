@@ -93,7 +93,7 @@ def test_holm_multiplies_by_the_number_that_is_left():
 
 def test_a_seed_that_is_there_twice_is_refused():
     runs = pd.DataFrame({"norm": "batch", "seed": [0, 1, 1], "test_accuracy": [1.0, 2.0, 3.0]})
-    with pytest.raises(ValueError, match="seed 1 of batch has 2 rows"):
+    with pytest.raises(ValueError, match="seed 1 of batch is there twice"):
         tables.samples(runs)
 
 
@@ -113,7 +113,7 @@ def test_a_seed_that_is_there_twice_is_refused():
 def test_no_table_pools_two_settings_of_a_net(table, study):
     other = ROWS[ROWS["study"] == study].iloc[:1].assign(learning_rate=0.5)
     table(ROWS)
-    with pytest.raises(ValueError, match=r"^seed \d of .* has 2 rows; give runs of one setting$"):
+    with pytest.raises(ValueError, match=r"^seed \d of .* is there twice; give runs of one setting$"):
         table(pd.concat([ROWS, other]))
 
 
@@ -430,7 +430,7 @@ def test_settings_at_an_edge_of_what_was_tried_are_listed():
     columns = {"dataset": "CIFAR-10", "augment": "none", "optimizer": "muon", "batch_size": 500, "layer_variant": None}
     found = []
     for net, rate, decay in (("NetA", 0.1, 1), ("NetB", 0.03, 1), ("NetC", 0.1, 0.3), ("Net", 0.3, 1)):
-        row = columns | {"net": net, "convolution": None}
+        row = columns | {"net": net, "convolution": None, "seed": 0}
         for tried, share in ((0.03, 1), (0.1, 1), (0.3, 1), (0.1, 0.3), (0.1, 3)):
             study = "step-rate" if share == 1 else "step-decay"
             found.append(row | {"study": study, "learning_rate": tried, "weight_decay": share / tried / 100})
@@ -498,6 +498,7 @@ def test_a_best_recipe_has_its_accuracies_and_how_many_overflowed():
         for seed in (1, 2, 3):
             for one, accuracy in ((recipe, 80), (other, 79)):
                 found.append({"study": "search-seeds", "norm": norm, "validation_accuracy": accuracy + seed} | one)
+                found[-1]["seed"] = seed
         best = {"study": "search-best", "norm": norm} | recipe
         found += [best | {"seed": seed, "test_accuracy": 85 + seed} for seed in range(10)]
     table = tables.random_recipes(pd.DataFrame(found))

@@ -393,8 +393,8 @@ MUTATIONS = [
     ),
     (
         "while a setting lacks seeds, none is the best",
-        "experiments/sweeps.py",
-        "        if count < 3:\n",
+        "experiments/tuning.py",
+        "        if count < least:\n",
         "        if False:\n",
         f"{SWEEPS}::test_while_a_setting_lacks_seeds_none_is_the_best",
     ),
@@ -479,9 +479,9 @@ MUTATIONS = [
     ),
     (
         "runs of two settings are no sample",
-        "experiments/tables.py",
-        "        if count > 1:\n",
-        "        if False:\n",
+        "experiments/tuning.py",
+        "    for key in runs[runs.duplicated(",
+        "    for key in runs.iloc[:0][runs.duplicated(",
         "tests/experiments/test_tables.py::test_no_table_pools_two_settings_of_a_net",
     ),
     (
