@@ -335,9 +335,9 @@ class Trainer:
 
         With flips, half of the images, drawn at first, are mirrored, and in the next epoch the other half: no image is
         seen the same way twice in a row (Jordan 2024, https://arxiv.org/abs/2404.00498). Crops are drawn each epoch.
-        ValueError after the last epoch of the settings, and for a net that was changed otherwise than in its weights
-        since this Trainer was made: moved, frozen, put in eval mode, with other modules, settings or hooks. Its copy,
-        CUDA graph or fused step would go on without the change. A net that trains as it is may change.
+        ValueError, when it begins, after the last epoch of the settings, and for a net that was changed otherwise than
+        in its weights since this Trainer was made: moved, frozen, put in eval mode, with other modules, settings or
+        hooks. Its copy, CUDA graph or fused step would go on without the change. A net that trains as it is may change.
         """
         if self.epochs_left == 0:
             raise ValueError(f"all epochs are done; settings.epochs is {self.settings.epochs}")

@@ -91,7 +91,9 @@ def plot_rate(rows):
             style = {"color": COLORS[norm], "linestyle": ":" if norm == "none" else "-"}
             axis.plot(line.index, line, label=LABELS[norm], **style)
             axis.scatter(own["learning_rate"], own["validation_accuracy"], color=COLORS[norm], s=12, alpha=0.6)
-            crosses = line[~(line >= LOWEST)].index
+            crosses = line[~(line >= LOWEST)].index.intersection(
+                select(grid, optimizer=name, norm=norm)["learning_rate"]
+            )
             strip.scatter(crosses, [-place] * len(crosses), color=COLORS[norm], marker="x", s=18)
         axis.set(title=title, xscale="log", ylim=(LOWEST, max(88, 0.5 + runs["validation_accuracy"].max())))
         strip.set(xlabel="learning rate", yticks=[], ylim=(-len(ALL) + 0.3, 0.7))

@@ -367,6 +367,11 @@ def missing(sweep, rows):
     return without_row(sweep, planned(sweep, rows), rows)
 
 
+def unfinished(rows):
+    """List the sweeps that wait for others or miss runs. Rows of an earlier choice of settings may still be there."""
+    return [sweep for sweep in SWEEPS if waits(sweep, rows) or missing(sweep, rows)]
+
+
 def without_row(sweep, wanted, rows):
     """List those of the experiments `wanted` that have no row of the sweep."""
     wanted = {one: one.columns() for one in wanted}

@@ -308,7 +308,7 @@ def random_recipes(rows, search="search"):
         check_seeds(best, ["norm"])
         recipe = best[RECIPE].iloc[0]
         line = {"norm": norm} | {name.replace("_", " "): TYPES[name](value) for name, value in recipe.items()}
-        line["validation"] = validation_means(seeds, RECIPE, seeds=3).max()
+        line["validation"] = validation_means(seeds, RECIPE, seeds=3).get(tuple(recipe), np.nan)
         line |= moments(best["test_accuracy"])
         lines.append(line | {"overflow": f"{(tried['status'] == 'diverged').sum()} of {len(tried)}"})
     table = pd.DataFrame(lines).set_index("norm")
@@ -578,7 +578,8 @@ def leads(runs, keys, column="test_accuracy"):
 def surface(rows):
     """Batch norm's leads by data set, optimizer and batch size, at each norm's own tuned rate and decay.
 
-    Columns as in `leads`, and the ratio of layer norm's errors to batch norm's.
+    Columns as in `leads`, and the ratio of layer norm's errors to batch norm's. While one of its sweeps is in
+    `sweeps.unfinished`, rows of an earlier choice may be among them.
     """
     table = leads(surface_runs(rows), ["dataset", "optimizer", "batch_size"])
     table["errors, layer to batch"] = (100 - table["layer"]) / (100 - table["batch"])
@@ -743,14 +744,15 @@ def part_runs(rows, study="part"):
 def parts(rows):
     """Accuracy of each net with a part of the norm, under Muon and SGD.
 
-    Held-out: the best mean of three seeds among the settings that have as many, which chose the setting.
+    Held-out: the mean of three seeds, which chose the setting; a dash where another setting was run on the test set.
     """
     keys = ["optimizer", "net"]
     tried = part_runs(rows, [f"part-{part}" for part in ("rate", "decay", "seeds", "edges")])
     setting = [*keys, "learning_rate", "weight_decay"]
     seeds = tried.groupby(setting).filter(lambda own: len(own) >= 3)
-    runs = part_runs(rows).groupby(keys)
-    table = pd.DataFrame({"held-out": validation_means(seeds, setting).groupby(level=keys).max()})
+    held_out, runs = validation_means(seeds, setting), part_runs(rows)
+    table = runs.drop_duplicates(keys).set_index(setting, drop=False)[keys].assign(**{"held-out": held_out})
+    table, runs = table.set_index(keys).sort_index(), runs.groupby(keys)
     table["test accuracy"], table["std"] = (runs["test_accuracy"].agg(name, skipna=False) for name in ("mean", "std"))
     table["n"], table["train accuracy"] = runs.size(), runs["train_accuracy"].mean(skipna=False)
     return table.reindex([*ALL, *(name for name, _ in PART_CONTRASTS)], level="net")

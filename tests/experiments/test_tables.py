@@ -462,7 +462,8 @@ def test_parts_of_the_norm_are_compared_with_the_norm_without():
     for (norm, variant, convolution), name, seed in itertools.product(nets, ("sgdw", "muon"), range(3)):
         level = 70 + (convolution is not None) + {"RMS": 0.5, "tanh": -2}.get(variant, 0) + seed / 100
         row = {"norm": norm, "layer_variant": variant, "convolution": convolution, "seed": seed, "train_accuracy": 80}
-        found.append(row | {"study": "part", "optimizer": name, "test_accuracy": level + (name == "muon")})
+        chosen = {"optimizer": name, "learning_rate": 0.3, "weight_decay": 0.5}
+        found.append(row | chosen | {"study": "part", "test_accuracy": level + (name == "muon")})
         for study, rate in (("part-rate", 0.1), ("part-edges", 0.3)):
             setting = {"optimizer": name, "learning_rate": rate, "weight_decay": 0.5}
             accuracy = level - 1 + rate + (name == "muon")
@@ -482,6 +483,9 @@ def test_parts_of_the_norm_are_compared_with_the_norm_without():
     assert shown.loc[("Muon", "RMS"), ["held-out", "test accuracy"]].tolist() == pytest.approx([70.81, 71.51])
     assert shown.loc[("SGD", "tanh"), ["held-out", "test accuracy"]].tolist() == pytest.approx([67.31, 68.01])
     assert (shown["n"] == 3).all()
+    other = rows["learning_rate"].mask((rows["study"] == "part") & (rows["layer_variant"] == "RMS"), 9)
+    shown = tables.parts(rows.assign(learning_rate=other))
+    assert shown["held-out"].isna().sum() == 2, "held-out accuracies of a setting that was not run on the test set"
 
 
 def part_pair(rows, optimizer, *names):
