@@ -216,3 +216,11 @@ def test_figures_say_how_many_runs_there_are():
     more = rows[rows["study"] == "groups"].iloc[:1].assign(seed=7)
     assert figures.plot_axes(rows).axes[0].get_title() == "group norm, by number of groups (n = 3)"
     assert figures.plot_axes(pd.concat([rows, more])).axes[0].get_title().endswith("(n = 3 or 4)")
+
+
+def test_a_rate_has_crosses_of_the_nets_that_were_run_at_it():
+    rows = tables.read_results()
+    one = select(rows, study="rate", optimizer="sgd", net="NetA").iloc[:1]
+    more = one.assign(learning_rate=10.0, validation_accuracy=np.nan, status="diverged")
+    strip = figures.plot_rate(pd.concat([rows, more])).axes[3]
+    assert [10.0 in crosses.get_offsets()[:, 0] for crosses in strip.collections] == [True, False, False, False]
