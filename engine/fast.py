@@ -13,7 +13,7 @@ from torch import nn
 
 import models
 
-SETTINGS = bool | int | float | str | tuple | list | None  # what the attributes of a module are compared for
+SETTINGS = bool | int | float | str | tuple | list | None  # types of attributes that `held` compares by value
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")  # of a module
 
 
