@@ -25,7 +25,7 @@ from engine import fast, records
 from engine.data import load_data, validation_split
 from engine.trainer import Trainer
 from experiments import ROOT
-from experiments.sweeps import PYTORCH_STEP, RUNS, SWEEPS, missing, planned, read_texts, waits
+from experiments.sweeps import PYTORCH_STEP, RUNS, SWEEPS, chain, missing, plan, read_texts, waits, without_row
 from experiments.variants import Experiment
 
 # Runs share a GPU, so that one computes while another waits for its small kernels: three of 500 images, as
@@ -129,14 +129,25 @@ def all_epochs(trainer):
                 return
 
 
+def check_columns(one, columns):
+    """Raise ValueError if an experiment and the row of its run differ: no row would be found again."""
+    for name, text in one.columns().items():
+        if str(columns.get(name)) != text:
+            raise ValueError(
+                f"Experiment.{name} is {text!r} and the column {name} of its row {columns.get(name)!r}; "
+                "a variant needs a name of its own, with the default '' in records.net_columns, too"
+            )
+
+
 def describe(sweep, rows):
     """Return one line: how many runs of a sweep are missing, and how long they should take."""
-    if waits(sweep, rows):
+    listed = plan(rows, chain(sweep))[0][sweep]
+    if listed is None:
         return f"{sweep}: waits for {SWEEPS[sweep][2]}"
-    todo = missing(sweep, rows)
+    todo = without_row(sweep, listed, rows)
     seconds = predict_seconds(sweep, todo, rows)
     minutes = "no GPU run so far to predict from" if math.isnan(seconds) else f"about {seconds / 60:.1f} GPU minutes"
-    return f"{sweep}: {len(todo)} of {len(planned(sweep, rows))} runs missing, {minutes}"
+    return f"{sweep}: {len(todo)} of {len(listed)} runs missing, {minutes}"
 
 
 def main(arguments=None):
@@ -168,7 +179,9 @@ def main(arguments=None):
         records.check_writable(RUNS)  # before hours of training
         records.code_commit()
         data, one = data_of("CIFAR-10", "test"), Experiment()
-        records.check_writable(RUNS, utils.settings_columns(one.net, one.build(), data, one, "recipe"))
+        columns = utils.settings_columns(one.net, one.build(), data, one, "recipe")
+        records.check_writable(RUNS, columns)
+        check_columns(one, columns)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:

@@ -195,10 +195,10 @@ def batch_rate(rows):
 
 def batch_size(rows):
     """List the batch sizes, each end at its best rate, what lies between interpolated."""
-    means = validation_means(rows[rows["study"] == "batch-rate"], ["net", "batch_size", "learning_rate"])
-    found = []
+    keys, found = ["net", "batch_size", "learning_rate"], []
+    best = validation_means(rows[rows["study"] == "batch-rate"], keys).groupby(keys[:2]).idxmax()
     for size, net in itertools.product((32, 64, 128, 256, 1024), NETS):
-        ends = [float(means[net, str(end)].idxmax()) for end in (32, 1024)]
+        ends = [float(best[net, str(end)][-1]) for end in (32, 1024)]
         rate = np.interp(np.log([size]), np.log([32, 500, 1024]), np.log([ends[0], EARLIER_RATES[net], ends[1]]))
         found += experiments([net], 3, [{"batch_size": size, "learning_rate": float(f"{np.exp(rate[0]):.3g}")}])
     return sorted(found, key=lambda one: (one.batch_size, one.seed))  # alike ones at the same time
@@ -303,7 +303,8 @@ PYTORCH_STEP = ("captured", *tuning("part", []))  # without the fused step, whic
 # Sweep: the split that it is scored on, its function, and the sweep whose rows it needs first.
 # results/runs.csv has others, too: main and short, of s8.ipynb; main-500, augment-500, short-500 and tune, of the
 # earlier recipe; optimizer-h200 and main-h100, repeats on another GPU; batch-size-first, at higher rates;
-# earlier-choice, at settings that more tuning replaced.
+# earlier-choice, at settings that more tuning replaced. rate-seeds has 72 runs at decays that are not chosen; `plan`
+# leaves them out.
 SWEEPS = {
     "recipe": ("validation", recipe, None),
     "augment": ("test", augment, None),
@@ -351,15 +352,44 @@ def read_texts(path=RUNS):
     return rows
 
 
+def plan(rows, sweeps=SWEEPS):
+    """Return {sweep: its experiments} of some sweeps, each after the one that it needs, and the rows that count.
+
+    Of a sweep only rows of experiments that it lists count: no choice or table rests on those of an earlier plan. Of
+    studies that are no sweep all rows do. None stands for the experiments of a sweep that waits for another's runs.
+    """
+    listed = {}
+    for sweep in sweeps:
+        _, experiments, needed = SWEEPS[sweep]
+        waits = needed and (listed[needed] is None or without_row(needed, listed[needed], rows))
+        listed[sweep] = None if waits else experiments(rows)
+        wanted = [tuple(one.columns().values()) for one in listed[sweep] or ()]
+        left_out = rows["study"] == sweep
+        left_out[left_out] = ~settings_of(rows[left_out]).isin(wanted).to_numpy()
+        rows = rows[~left_out]
+    return listed, rows
+
+
+def settings_of(rows):
+    """Return what tells apart the experiments of some rows, as `Experiment.columns` lists it: tuples of texts."""
+    rows = rows.reindex(columns=Experiment().columns(), fill_value="")
+    return pd.Series(rows.itertuples(index=False, name=None), rows.index, dtype=object)
+
+
+def chain(sweep):
+    """List the sweeps that this one needs, and itself."""
+    needed = SWEEPS[sweep][2]
+    return [*(chain(needed) if needed else ()), sweep]
+
+
 def planned(sweep, rows):
     """List a sweep's experiments; none while the sweep that it needs is not finished."""
-    return [] if waits(sweep, rows) else SWEEPS[sweep][1](rows)
+    return plan(rows, chain(sweep))[0][sweep] or []
 
 
 def waits(sweep, rows):
     """Return whether the sweep that this one needs still has runs to do."""
-    needed = SWEEPS[sweep][2]
-    return needed is not None and (waits(needed, rows) or bool(without_row(needed, SWEEPS[needed][1](rows), rows)))
+    return plan(rows, chain(sweep))[0][sweep] is None
 
 
 def missing(sweep, rows):
@@ -368,18 +398,15 @@ def missing(sweep, rows):
 
 
 def unfinished(rows):
-    """List the sweeps that wait for others or miss runs. Rows of an earlier choice of settings may still be there."""
-    return [sweep for sweep in SWEEPS if waits(sweep, rows) or missing(sweep, rows)]
+    """List the sweeps that wait for others or miss runs."""
+    listed, rows = plan(rows)
+    return [sweep for sweep, found in listed.items() if found is None or without_row(sweep, found, rows)]
 
 
 def without_row(sweep, wanted, rows):
     """List those of the experiments `wanted` that have no row of the sweep."""
-    wanted = {one: one.columns() for one in wanted}
-    if not wanted:
-        return []
-    names = list(next(iter(wanted.values())))
-    done = set(rows[rows["study"] == sweep].reindex(columns=names, fill_value="").itertuples(index=False, name=None))
-    return [one for one, columns in wanted.items() if tuple(columns[name] for name in names) not in done]
+    done = set(settings_of(rows[rows["study"] == sweep]))
+    return [one for one in wanted if tuple(one.columns().values()) not in done]
 
 
 def best_decays(rows):

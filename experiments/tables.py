@@ -1,9 +1,9 @@
 """Tables of what results/ holds: functions from rows to pandas DataFrames of numbers.
 
-`rows` are those of results/runs.csv (`read_results`), one training run each. Accuracies are in percent, differences in
-percentage points. A difference in column `x` has its 95% interval in the columns `x, low` and `x, high`; `show` joins
-the three. Intervals and p values are Welch's: runs of two nets with the same seed are no more alike than any others
-(`correlations`), so pairing them would gain nothing.
+`rows` are those of results/runs.csv that count (`read_results`), one training run each. Accuracies are in percent,
+differences in percentage points. A difference in column `x` has its 95% interval in the columns `x, low` and `x, high`;
+`show` joins the three. Intervals and p values are Welch's: runs of two nets with the same seed are no more alike than
+any others (`correlations`), so pairing them would gain nothing.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from scipy import stats
 from engine import records
 from engine.statistics import contrast
 from experiments import ROOT
-from experiments.sweeps import RECIPE, SETTING, STEPS, TYPES, best_settings, rate_runs
+from experiments.sweeps import RECIPE, SETTING, STEPS, TYPES, best_settings, plan, rate_runs, read_texts
 from experiments.tuning import check_seeds, validation_means
 from models import NORM_OF
 
@@ -36,11 +36,15 @@ LEADS = (("batch", "layer"), ("batch", "group"))
 
 
 def read_results(name="runs"):
-    """Read a CSV file of results/ as a DataFrame. OSError when it is absent, ValueError unless it is whole."""
+    """Read a CSV file of results/ as a DataFrame; of runs.csv the rows that count, see `sweeps.plan`.
+
+    OSError when it is absent, ValueError unless it is whole.
+    """
     path = RESULTS / f"{name}.csv"
     if not path.exists():
         raise OSError(f"{path} is not there")
-    return records.read_rows(path)
+    rows = records.read_rows(path)
+    return rows.loc[plan(read_texts(path))[1].index] if name == "runs" else rows
 
 
 def claim(text, condition):
@@ -172,6 +176,8 @@ def select(rows, **settings):
     """Select the rows that have these settings, a value each or several: select(rows, study="main")."""
     for name, value in settings.items():
         rows = rows[rows[name].isin(value if isinstance(value, tuple | list) else [value])]
+        if name == "study" and rows.empty:
+            raise ValueError(f"there is no row of {value}; `python -m experiments.run --dry-run` says what is missing")
     return rows
 
 
@@ -578,8 +584,7 @@ def leads(runs, keys, column="test_accuracy"):
 def surface(rows):
     """Batch norm's leads by data set, optimizer and batch size, at each norm's own tuned rate and decay.
 
-    Columns as in `leads`, and the ratio of layer norm's errors to batch norm's. While one of its sweeps is in
-    `sweeps.unfinished`, rows of an earlier choice may be among them.
+    Columns as in `leads`, and the ratio of layer norm's errors to batch norm's.
     """
     table = leads(surface_runs(rows), ["dataset", "optimizer", "batch_size"])
     table["errors, layer to batch"] = (100 - table["layer"]) / (100 - table["batch"])
@@ -712,10 +717,10 @@ def edges(rows):
     rows = rows.assign(decay=share.map("{:.1g}".format).astype(float))
     rows[keys] = rows[keys].astype(object).where(rows[keys].notna(), "")
     lines = []
-    for name in ("lead", "lead-100", "step", "part"):
-        check_seeds(select(rows, study=name), keys)
+    for name, runs in select(rows, study=("lead", "lead-100", "step", "part")).groupby("study", sort=False):
+        check_seeds(runs, keys)
         tried = select(rows, study=[f"{name}-{part}" for part in ("rate", "decay", "edges")]).groupby(keys)
-        for key, own in select(rows, study=name).groupby(keys):
+        for key, own in runs.groupby(keys):
             rate, decay = own[["learning_rate", "decay"]].iloc[0]
             rates, decays = tried.get_group(key)["learning_rate"], tried.get_group(key)
             decays = decays[decays["learning_rate"] == rate]["decay"]

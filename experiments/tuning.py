@@ -21,6 +21,8 @@ along which it hardly changes.
 from dataclasses import fields, replace
 from typing import NamedTuple
 
+import pandas as pd
+
 from engine import records
 from experiments.variants import Experiment
 from utils import NETS, Settings
@@ -47,11 +49,21 @@ def check_seeds(runs, keys, least=1):
 def validation_means(rows, keys, seeds=1):
     """Return the mean validation accuracy by `keys`, columns of settings; nan where a run diverged.
 
+    In the keys' order as numbers, also where they are texts, so that of two best settings both choose the same.
     ValueError for runs of two settings, or with fewer than that many `seeds`.
     """
     check_seeds(rows, keys, seeds)
     accuracy = records.numbers(rows, "validation_accuracy").rename("accuracy")
-    return accuracy.groupby([rows[key] for key in keys]).agg(lambda values: values.mean(skipna=False))
+    means = accuracy.groupby([rows[key] for key in keys]).agg(lambda values: values.mean(skipna=False))
+    return means.sort_index(key=as_numbers)
+
+
+def as_numbers(labels):
+    """Return labels that are all numbers, or texts of numbers, as numbers, and others as they are."""
+    try:
+        return pd.to_numeric(labels)
+    except ValueError:
+        return labels
 
 
 def extend(levels, scores):

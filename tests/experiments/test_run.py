@@ -267,6 +267,16 @@ def test_a_column_that_new_rows_lack_is_refused_before_training(tiny, monkeypatc
     assert run.RUNS.read_bytes() == before
 
 
+def test_a_variant_named_like_a_column_of_all_rows_is_refused_before_training(tiny, monkeypatch, capsys):
+    columns = Experiment.columns
+    monkeypatch.setattr(Experiment, "columns", lambda one: columns(one) | {"activation": ""})
+    monkeypatch.setattr(run, "run_sweep", lambda sweep: pytest.fail("it ran"))
+    with pytest.raises(SystemExit):
+        run.main(["recipe"])
+    message = "error: Experiment.activation is '' and the column activation of its row 'SiLU'; a variant needs a name"
+    assert message in capsys.readouterr().err
+
+
 DRIVER = """
 import sys; sys.path.insert(0, {root!r})
 from dataclasses import replace

@@ -86,6 +86,32 @@ def test_the_best_five_recipes_of_each_net_get_three_new_seeds():
     assert [one.seed for one in best] == list(range(10))
 
 
+def test_no_choice_rests_on_rows_of_an_earlier_plan():
+    """Here of a recipe that is drawn no more, the best of all, which has its seeds, too."""
+    experiments = sweeps.search(None)
+    earlier = [replace(one, label_smoothing=0.15) for one in experiments[:4]]
+    rows = rows_of("search", experiments)
+    seeds = planned("search-seeds", rows)
+    assert planned("search-seeds", pd.concat([rows, rows_of("search", earlier, lambda one: 90)])) == seeds
+
+    rows = pd.concat([rows, rows_of("search-seeds", seeds)])
+    best = planned("search-best", rows)
+    more = [replace(one, seed=seed) for one in earlier for seed in (1, 2, 3)]
+    rows = pd.concat([rows, rows_of("search-seeds", more, lambda one: 90), rows_of("main", earlier)])
+    assert planned("search-best", rows) == best
+    kept = sweeps.plan(rows)[1]
+    assert kept["study"].value_counts().to_dict() == {"search": 240, "search-seeds": 60, "main": 4}
+    assert set(kept[kept["study"] != "main"]["label_smoothing"]) <= {"0.0", "0.05", "0.1", "0.2"}
+
+
+def test_runs_of_a_sweep_that_waits_do_not_count():
+    rows = rows_of("search", sweeps.search(None))
+    rows = pd.concat([rows, rows_of("search-seeds", planned("search-seeds", rows))])
+    listed, kept = sweeps.plan(rows[1:])
+    assert listed["search-seeds"] is listed["search-best"] is None
+    assert set(kept["study"]) == {"search"}
+
+
 def test_published_rows_leave_nothing_to_run():
     rows = sweeps.read_texts()
     assert {sweep: missing(sweep, rows) for sweep in SWEEPS} == {sweep: [] for sweep in SWEEPS}
@@ -277,12 +303,12 @@ def test_a_missing_column_never_makes_two_settings_look_alike():
 
 def test_what_a_sweep_does_not_vary_is_as_in_the_earlier_recipe():
     for sweep in ("groups", "layer", "width", "epochs", "flip", "batch"):
-        for one in planned(sweep, None):
+        for one in SWEEPS[sweep][1](None):
             assert (one.optimizer, one.momentum) == ("muon", utils.Settings.momentum)
             assert one.learning_rate == sweeps.EARLIER_RATES[one.net]
             assert one.batch_size == (512 if sweep == "batch" else 500)
             assert sweep == "flip" or one.weight_decay == sweeps.EARLIER["weight_decay"]
-    for one in planned("augment", None):
+    for one in sweeps.augment(None):
         assert one == Experiment(net=one.net, seed=one.seed, **sweeps.AUGMENTED)
 
 

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from engine import records
 from engine.statistics import contrast
 from experiments import tables
 from experiments.tables import decimal_round, show
@@ -115,6 +116,20 @@ def test_no_table_pools_two_settings_of_a_net(table, study):
     table(ROWS)
     with pytest.raises(ValueError, match=r"^seed \d of .* is there twice; give runs of one setting$"):
         table(pd.concat([ROWS, other]))
+
+
+def test_tables_take_no_rows_of_an_earlier_plan(tmp_path, monkeypatch):
+    """Nor any whose study has no row, in one line."""
+    whole = records.read_rows(tables.RESULTS / "runs.csv")
+    other = whole[whole["study"] == "part"].iloc[:1].assign(learning_rate=0.5)
+    records.upsert(tmp_path / "runs.csv", pd.concat([whole, other]).astype(object).fillna(""))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    rows = tables.read_results()
+    assert len(whole) - len(rows) == 72  # of rate-seeds, at decays that are not chosen
+    assert 0.5 not in set(rows[rows["study"] == "part"]["learning_rate"])
+    pd.testing.assert_frame_equal(tables.parts(rows), tables.parts(ROWS))
+    with pytest.raises(ValueError, match=r"^there is no row of part; `python -m experiments.run --dry-run` says what"):
+        tables.parts(rows[rows["study"] != "part"])
 
 
 def test_differences_of_the_published_rows():

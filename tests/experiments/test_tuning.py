@@ -49,6 +49,15 @@ def ran():
     return run_all(CELLS)[0]
 
 
+def test_rows_as_texts_and_as_numbers_have_the_same_order():
+    """Of two best settings `idxmax` takes the first: as texts 10.0 would come before 9.0."""
+    accuracies = {"seed": 0, "validation_accuracy": [80, 80, 70]}
+    rows = pd.DataFrame({"net": "Net", "weight_decay": [10.0, 9.0, 0.5], **accuracies})
+    means = [tuning.validation_means(rows.astype(kind), ["net", "weight_decay"]) for kind in (object, str)]
+    assert [list(one) for one in means] == [[70, 80, 80]] * 2
+    assert [one.idxmax() for one in means] == [("Net", 9.0), ("Net", "9.0")]
+
+
 def test_all_nets_of_a_cell_get_the_same_trials(ran):
     for sweep in ("lead-rate", "lead-decay", "lead-seeds"):
         trials = Counter((one.dataset, one.optimizer, one.batch_size, one.net) for one in ran[sweep])
