@@ -740,10 +740,7 @@ def part_runs(rows, study="part"):
     """The runs that compare parts of the norm, named by net: "layer", "layer, standardized", "RMS"."""
     runs = select(rows, study=study).assign(optimizer=lambda own: own["optimizer"].map(TUNED))
     names = runs["norm"].mask(runs["layer_variant"].isin(["RMS", "tanh"]), runs["layer_variant"])
-    runs = runs.assign(net=names.mask(runs["convolution"].notna(), names + ", standardized"))
-    if study == "part":
-        check_seeds(runs, ["optimizer", "net"])
-    return runs
+    return runs.assign(net=names.mask(runs["convolution"].notna(), names + ", standardized"))
 
 
 def parts(rows):
@@ -756,6 +753,7 @@ def parts(rows):
     setting = [*keys, "learning_rate", "weight_decay"]
     seeds = tried.groupby(setting).filter(lambda own: len(own) >= 3)
     held_out, runs = validation_means(seeds, setting), part_runs(rows)
+    check_seeds(runs, keys)
     table = runs.drop_duplicates(keys).set_index(setting, drop=False)[keys].assign(**{"held-out": held_out})
     table, runs = table.set_index(keys).sort_index(), runs.groupby(keys)
     table["test accuracy"], table["std"] = (runs["test_accuracy"].agg(name, skipna=False) for name in ("mean", "std"))
@@ -765,9 +763,11 @@ def parts(rows):
 
 def part_accuracies(rows):
     """Collect the test accuracies of `part_runs` as {optimizer: {net: values}}."""
+    runs = part_runs(rows)
+    check_seeds(runs, ["optimizer", "net"])
     return {
-        name: {net: own["test_accuracy"].to_numpy() for net, own in runs.groupby("net")}
-        for name, runs in part_runs(rows).groupby("optimizer")
+        name: {net: one["test_accuracy"].to_numpy() for net, one in own.groupby("net")}
+        for name, own in runs.groupby("optimizer")
     }
 
 

@@ -1,4 +1,7 @@
-"""Variants of the published nets, and `Experiment`: one run of a net or of a variant."""
+"""Variants of the published nets, and `Experiment`: one run of a net or of a variant.
+
+CONTRIBUTING.md says what `state_in_buffers` promises.
+"""
 
 from dataclasses import dataclass
 
@@ -21,7 +24,7 @@ class GhostBatchNorm(nn.BatchNorm2d):
     Hoffer et al. 2017, https://arxiv.org/abs/1705.08741. (N, C, H, W) to the same shape; `size` divides N.
     """
 
-    state_in_buffers = True  # see engine.fast.reason_against_copy
+    state_in_buffers = True
 
     def __init__(self, channels, size):
         super().__init__(channels)
@@ -46,7 +49,7 @@ class GhostBatchNorm(nn.BatchNorm2d):
 class LayerNorm2d(nn.LayerNorm):
     """Layer norm over the channels of each pixel, (N, C, H, W) to the same shape."""
 
-    state_in_buffers = True  # see engine.fast.reason_against_copy
+    state_in_buffers = True
 
     def forward(self, x):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -58,7 +61,7 @@ class RMSNorm(models.ScaleShift):
     Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467, with layer norm's axes, scale and shift.
     """
 
-    state_in_buffers = True  # see engine.fast.reason_against_copy
+    state_in_buffers = True
 
     def forward(self, x):
         squares = x.float().square().mean((1, 2, 3), keepdim=True)
@@ -72,7 +75,7 @@ class DynamicTanh(models.ScaleShift):
     connections 0.5 would halve the signal in each layer.
     """
 
-    state_in_buffers = True  # see engine.fast.reason_against_copy
+    state_in_buffers = True
 
     def __init__(self, channels):
         super().__init__(channels)
@@ -89,7 +92,7 @@ class StandardizedConv2d(nn.Conv2d):
     https://arxiv.org/abs/2101.08692, which a norm undoes and the control needs.
     """
 
-    state_in_buffers = True  # see engine.fast.reason_against_copy
+    state_in_buffers = True
 
     @classmethod
     def of(cls, conv, gain):

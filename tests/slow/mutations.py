@@ -387,8 +387,8 @@ MUTATIONS = [
     (
         "a finished run whose row lacks a column is not run again",
         "experiments/sweeps.py",
-        'columns=names, fill_value=""',
-        "columns=names",
+        'columns=Experiment().columns(), fill_value=""',
+        "columns=Experiment().columns()",
         f"{SWEEPS}::test_rows_from_before_a_column_count_as_finished",
     ),
     (
@@ -483,6 +483,27 @@ MUTATIONS = [
         "    for key in runs[runs.duplicated(",
         "    for key in runs.iloc[:0][runs.duplicated(",
         "tests/experiments/test_tables.py::test_no_table_pools_two_settings_of_a_net",
+    ),
+    (
+        "no choice rests on rows of an earlier plan",
+        "experiments/sweeps.py",
+        "        rows = rows[~left_out]\n",
+        "",
+        f"{SWEEPS}::test_no_choice_rests_on_rows_of_an_earlier_plan",
+    ),
+    (
+        "of two best settings, rows as texts and as numbers choose the same",
+        "experiments/tuning.py",
+        "    return means.sort_index(key=as_numbers)\n",
+        "    return means\n",
+        "tests/experiments/test_tuning.py::test_rows_as_texts_and_as_numbers_have_the_same_order",
+    ),
+    (
+        "a variant named like a column of all rows is refused before training",
+        "experiments/run.py",
+        "        check_columns(one, columns)\n",
+        "",
+        f"{RUN}::test_a_variant_named_like_a_column_of_all_rows_is_refused_before_training",
     ),
     (
         "code that changed since it was loaded is not that of the commit",
