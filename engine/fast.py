@@ -67,21 +67,25 @@ def low_precision_copy(net, dtype):
     they are plain, come after their pools: the same function for a quarter of the work. The parameters' order is that
     of `net`. Only for nets without a `reason_against_copy`; ValueError where an attribute can't be copied.
     """
+    instead = {id(buffer): buffer for buffer in net.buffers(recurse=False)}  # what stands in the copy, by id
+    kept = set()  # modules that stay in float32: those with buffers and all that is in them, and group norms
+    for module in list(net.modules())[1:]:
+        if module in kept:
+            continue
+        if type(module) is nn.BatchNorm2d or [*module.buffers(recurse=False)]:
+            instead[id(module)] = module
+        elif type(module) is nn.GroupNorm and module.bias is not None:
+            instead[id(module)] = ChannelsLastGroupNorm(module)
+        else:
+            continue
+        kept.update(instead[id(module)].modules())
     try:
-        copied = copy.deepcopy(net).to(dtype)
+        copied = copy.deepcopy(net, instead)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"net can't be copied: {str(error).splitlines()[0]}; remove what can't") from None
-    shared = []  # modules with buffers, which are shared with all that is in them
-    for name, module in net.named_modules():
-        if any(name.startswith(f"{one}.") for one in shared):
-            continue
-        if name and (type(module) is nn.BatchNorm2d or [*module.buffers(recurse=False)]):
-            copied.set_submodule(name, module)
-            shared.append(name)
-        elif type(module) is nn.GroupNorm and module.bias is not None:
-            copied.set_submodule(name, ChannelsLastGroupNorm(module))
-    for name, buffer in net.named_buffers(recurse=False):
-        setattr(copied, name, buffer)
+    for module in set(copied.modules()) - kept:
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(dtype)
     if not runs_in_order(net):
         return copied
     for (name, conv), (next_name, pool) in itertools.pairwise(list(copied._modules.items())):
@@ -100,7 +104,7 @@ def held(net):
         return {name: value for name, value in vars(module).items() if isinstance(value, SETTINGS) or callable(value)}
 
     tensors = [
-        (one.data_ptr(), one.requires_grad, bool(one._backward_hooks or one._post_accumulate_grad_hooks))
+        (id(one), one.data_ptr(), one.requires_grad, bool(one._backward_hooks or one._post_accumulate_grad_hooks))
         for one in [*net.parameters(), *net.buffers()]
     ]
     modules = [

@@ -1,12 +1,13 @@
 """The figures of `s8.ipynb`. Each function returns a Matplotlib figure, which the caller closes."""
 
+import itertools
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from engine import files
+from engine import files, records
 from engine.probe import confusion, overlap
 from models import NORM_OF
 
@@ -44,6 +45,8 @@ def plot_curves(runs, data):
 
     Accuracy is solid for the test split, dotted for training. The last panel enlarges the last quarter of the epochs.
     """
+    for run in itertools.chain(*runs.values()):
+        records.check_tested(run, data)
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
     counts = " or ".join(map(str, sorted(set(map(len, runs.values())))))
     figure.suptitle(title(f"Training, epoch by epoch, n = {counts}", data))
@@ -77,6 +80,8 @@ def plot_curves(runs, data):
 
 def plot_confusions(runs, data):
     """Draw a matrix of mistakes per norm of {norm: Run}, all on one scale: row the true class, column the predicted."""
+    for run in runs.values():
+        records.check_tested(run, data)
     counts = {
         norm: confusion(run.scores.predictions, data.test_labels.cpu(), len(data.classes)).fill_diagonal_(0).numpy()
         for norm, run in runs.items()
@@ -109,6 +114,8 @@ def seeds_of(runs):
 
 def plot_classes(runs, data):
     """Draw the accuracy in each class that the test split holds, a point per norm of {norm: Run}."""
+    for run in runs.values():
+        records.check_tested(run, data)
     labels = data.test_labels.cpu()
     present = labels.unique().tolist()
     figure, axis = plt.subplots(figsize=(10, 3.6), layout="constrained")

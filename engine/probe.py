@@ -85,14 +85,18 @@ def class_activation_maps(net, images):
     """Compute each position's share in each logit, (N, classes, H / 4, W / 4), of images (N, H, W, 3) uint8.
 
     Zhou et al. 2016, https://arxiv.org/abs/1512.04150. c11 is linear, so it may come before GAP as well: the mean of a
-    map over its positions is the net's logit.
+    map over its positions is the net's logit. ValueError for a net of which that is not true.
     """
-    x = normalize(images)
+    images = normalize(images)
     with eval_mode(net):
+        logits, maps = net(images), images
         for name, layer in net._modules.items():
             if name != "GAP":
-                x = layer(x)
-    return x
+                maps = layer(maps)
+    same = maps.dim() == 4 and maps.shape[:2] == logits.shape
+    if not same or ((maps.mean((2, 3)) - logits).abs() > 0.01 * logits.abs().amax(1, keepdim=True)).any():
+        raise ValueError("the maps' means are not the net's logits; give a net that computes as models.Net does")
+    return maps
 
 
 def confusion(predictions, labels, classes=10):

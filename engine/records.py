@@ -25,7 +25,7 @@ import torch
 from engine import files
 from engine.files import ROOT, check_path, read_bytes, replacement, save_tensors
 
-COMPUTING = ("models", "engine/data", "engine/muon", "engine/trainer", "engine/fast", "engine/kernels")
+COMPUTING = ("models", "utils", "engine/data", "engine/muon", "engine/trainer", "engine/fast", "engine/kernels")
 # Read now: a process computes with what it loaded, whatever is edited later.
 LOADED = [ROOT / f"{name}.py" for name in ("models", "utils", "hubconf")]
 LOADED += [path for folder in ("engine", "experiments") for path in sorted((ROOT / folder).glob("*.py"))]

@@ -145,7 +145,8 @@ class Trainer:
     fused    whether to take the step of engine.kernels, see `takes_fused_step`
     stream   number of the CUDA stream: nets that train at the same time need one each
     TypeError for another kind of net, or of c11; ValueError when a batch is larger than the training split, the net has
-    fewer classes than the data, a parameter is frozen or not float32, or the net can't be copied; in a step, when a
+    fewer classes than the data, a parameter is frozen or not float32, a part of a net in train mode is in eval mode, or
+    the net can't be copied; in a step, when a
     parameter gets no gradient, or is made or removed. Nets with random layers do not resume bit for bit.
     """
 
@@ -164,6 +165,9 @@ class Trainer:
                 state = f"of {parameter.dtype}" if parameter.requires_grad else "frozen"
                 raise ValueError(f"{name} is {state}; give a net whose parameters are all float32 and trained")
         check_input(net)
+        for name, module in net.named_modules():
+            if net.training and not module.training:
+                raise ValueError(f"{name} is in eval mode, which training would end; call net.train() first")
         net.to(device, memory_format=torch.channels_last).train()
         as_it_is = bool(reason := fast.reason_against_copy(net))
         if as_it_is:

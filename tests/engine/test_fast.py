@@ -197,6 +197,37 @@ def test_what_has_buffers_is_the_nets_own_with_all_that_is_in_it():
     assert type(net.C5.norm.inner) is nn.GroupNorm
 
 
+class Listed(nn.Module):
+    """Runs its modules from a list of its own."""
+
+    state_in_buffers = True
+
+    def __init__(self, norm):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(24, 24, 3, padding=1, bias=False), norm
+        self.steps = [self.conv, self.norm, torch.relu]
+
+    def forward(self, x):
+        for step in self.steps:
+            x = step(x)
+        return x
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(24, affine=False), nn.BatchNorm2d(24), nn.GroupNorm(4, 24)])
+def test_modules_that_a_list_holds_too_are_those_of_the_copy(norm):
+    net = models.NetB()
+    net.C5 = Listed(norm)
+    copied = fast.low_precision_copy(net, torch.bfloat16)
+    assert copied.C5.steps[0] is copied.C5.conv
+    assert copied.C5.steps[0] is not net.C5.conv
+    assert copied.C5.steps[1] is copied.C5.norm
+    assert copied.C5.norm.weight is norm.weight
+    copied(torch.randn(8, 3, 32, 32).bfloat16()).float().sum().backward()
+    if isinstance(norm, nn.BatchNorm2d):
+        assert copied.C5.norm is norm
+        assert norm.num_batches_tracked == 1
+
+
 def test_an_edited_forward_is_copied_as_it_is(monkeypatch):
     """As if models.py said so."""
 

@@ -1,7 +1,6 @@
 """The notebook's figures, by what they show."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -19,9 +18,10 @@ from engine.probe import confusion
 NET_OF = {"batch": "NetA", "layer": "NetB", "group": "NetC"}
 
 
-def run_of(norm, predictions, seed=7, history=()):
-    scores = utils.Scores(0.0, 0.0, predictions, torch.ones(len(predictions)))
-    return SimpleNamespace(scores=scores, history=list(history), row={"norm": norm, "net": NET_OF[norm], "seed": seed})
+def make_run(data, norm, predictions, seed=7, history=()):
+    accuracy = 100 * (predictions == data.test_labels).float().mean().item()
+    scores = utils.Scores(0.0, accuracy, predictions, torch.ones(len(predictions)))
+    return utils.Run(None, list(history), scores, {"norm": norm, "net": NET_OF[norm], "seed": seed})
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def runs(small):
     found = {}
     for norm, k in (("batch", 4), ("layer", 3), ("group", 2)):
         wrong = torch.arange(200) % k == 0
-        found[norm] = run_of(norm, torch.where(wrong, (small.test_labels + 1) % 10, small.test_labels))
+        found[norm] = make_run(small, norm, torch.where(wrong, (small.test_labels + 1) % 10, small.test_labels))
     return found
 
 
@@ -60,7 +60,9 @@ def epochs_of(*values):
 
 
 def all_figures(data, runs):
-    histories = {norm: [run_of(norm, run.scores.predictions, history=epochs_of(1, 2))] for norm, run in runs.items()}
+    histories = {
+        norm: [make_run(data, norm, run.scores.predictions, history=epochs_of(1, 2))] for norm, run in runs.items()
+    }
     return [
         figures.plot_samples(data),
         figures.plot_curves(histories, data),
@@ -91,9 +93,9 @@ def test_the_seed_of_the_runs_is_named(small, runs):
     for plot in (figures.plot_confusions, figures.plot_classes):
         assert "seed 7" in titles(plot(runs, small))
         assert "seed 0" not in titles(plot(runs, small))
-        runs["layer"] = run_of("layer", runs["layer"].scores.predictions, seed=3)
+        runs["layer"] = make_run(small, "layer", runs["layer"].scores.predictions, seed=3)
         assert "seeds 3, 7" in titles(plot(runs, small))
-        runs["layer"] = run_of("layer", runs["layer"].scores.predictions)
+        runs["layer"] = make_run(small, "layer", runs["layer"].scores.predictions)
 
 
 def test_every_figure_draws_without_a_warning(small, runs, tmp_path, recwarn):
@@ -121,9 +123,10 @@ def test_samples_of_a_class_with_fewer_images(small):
 
 def test_curves_are_means_with_bands_from_lowest_to_highest(small):
     group = [
-        run_of("batch", small.test_labels, seed, epochs_of(*values)) for seed, values in enumerate([(1, 2), (2, 4)])
+        make_run(small, "batch", small.test_labels, seed, epochs_of(*values))
+        for seed, values in enumerate([(1, 2), (2, 4)])
     ]
-    alone = [run_of("layer", small.test_labels, 0, epochs_of(0.5, 1.5))]
+    alone = [make_run(small, "layer", small.test_labels, 0, epochs_of(0.5, 1.5))]
     figure = figures.plot_curves({"batch": group, "layer": alone}, small)
     loss, accuracy, late = figure.axes
     assert "n = 1 or 2" in figure.get_suptitle()
@@ -161,7 +164,7 @@ def test_confusions_write_each_count_in_its_cell_on_one_scale(small, runs):
 
 
 def test_confusions_without_a_mistake(small):
-    figure = figures.plot_confusions({"batch": run_of("batch", small.test_labels)}, small)
+    figure = figures.plot_confusions({"batch": make_run(small, "batch", small.test_labels)}, small)
     assert figure.axes[0].images[0].get_clim() == (0, 1)
 
 
@@ -181,9 +184,18 @@ def test_classes_are_a_point_per_norm(small, runs, norms):
 def test_classes_that_the_test_split_lacks_are_left_out(small, runs):
     there = small.test_labels != 3
     few = replace(small, test_images=small.test_images[there], test_labels=small.test_labels[there])
-    (axis,) = figures.plot_classes({"batch": run_of("batch", few.test_labels)}, few).axes
+    (axis,) = figures.plot_classes({"batch": make_run(few, "batch", few.test_labels)}, few).axes
     assert axis.lines[0].get_ydata().tolist() == [100.0] * 9
     assert [label.get_text() for label in axis.get_xticklabels()] == [c for c in few.classes if c != few.classes[3]]
+
+
+def test_runs_of_other_images_are_refused(small, runs):
+    other = replace(small, test_labels=small.test_labels.roll(1), name="other")
+    for plot in (figures.plot_confusions, figures.plot_classes):
+        with pytest.raises(ValueError, match=r"^data are not what batch norm .*seed 7 was tested on, but other, test"):
+            plot(runs, other)
+    with pytest.raises(ValueError, match=r"^data are not what layer norm"):
+        figures.plot_curves({"layer": [runs["layer"]]}, other)
 
 
 def test_overlap_has_the_largest_bar_on_top(small):

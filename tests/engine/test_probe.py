@@ -166,6 +166,22 @@ def test_a_layer_that_is_there_twice_is_computed_twice(small):
     assert list(layer_table(net).index) == list(models.CHAIN)
 
 
+class Residual(models.NetB):
+    def forward(self, x):
+        return super().forward(x) + x.mean((1, 2, 3))[:, None]
+
+
+@pytest.mark.parametrize("change", ["a forward of its own", "another pool", "an activation at the end"])
+def test_maps_of_a_net_that_computes_otherwise_are_refused(small, change):
+    net = Residual() if change == "a forward of its own" else models.NetB()
+    if change == "another pool":
+        net.GAP = nn.AdaptiveMaxPool2d(1)
+    if change == "an activation at the end":
+        net.c11 = nn.Sequential(net.c11, nn.ReLU())
+    with pytest.raises(ValueError, match=r"^the maps' means are not the net's logits; give a net that computes as"):
+        class_activation_maps(net, small.test_images[:6])
+
+
 def test_class_activation_maps_restore_the_modes(small):
     net, before = mixed_modes()
     class_activation_maps(net, small.test_images[:2])

@@ -938,7 +938,7 @@ def test_a_checkpoint_of_other_code_or_another_machine_is_refused(
 
 
 def test_the_code_of_every_room_that_computes_counts():
-    for name in ("models", "engine/data", "engine/muon", "engine/trainer", "engine/fast"):
+    for name in ("models", "utils", "engine/data", "engine/muon", "engine/trainer", "engine/fast"):
         assert (ROOT / f"{name}.py").read_bytes() in records.CODE
 
 

@@ -176,6 +176,7 @@ def test_weights_that_change_between_steps_are_those_that_are_trained(small, flo
 CHANGES = {
     "moved": lambda net: net.double().float(),
     "a new parameter": lambda net: setattr(net.C4.conv, "weight", nn.Parameter(net.C4.conv.weight.detach().clone())),
+    "a parameter anew": lambda net: setattr(net.C4.conv, "weight", nn.Parameter(net.C4.conv.weight.data)),
     "a new buffer": lambda net: setattr(net.C4.norm, "running_mean", net.C4.norm.running_mean.clone()),
     "frozen": lambda net: net.c11.requires_grad_(False),
     "evaluated": lambda net: net.eval(),
@@ -491,6 +492,19 @@ def test_frozen_parameters_and_other_types_are_refused_by_name(small):
         Trainer(net, small, SHORT)
     with pytest.raises(ValueError, match=r"^C1.conv.weight is of torch.bfloat16; give a net"):
         Trainer(models.NetA().bfloat16(), small, SHORT)
+
+
+def test_a_norm_that_was_frozen_by_eval_is_refused(small):
+    """Training would unfreeze it without a word. A net that is in eval mode as a whole, as after a test, is trained."""
+    net = models.NetA(widths=NARROW)
+    net.C5.norm.eval()
+    with pytest.raises(
+        ValueError, match=r"^C5.norm is in eval mode, which training would end; call net.train\(\) first$"
+    ):
+        Trainer(net, small, SHORT)
+    assert not net.C5.norm.training
+    Trainer(net.eval(), small, SHORT)
+    assert net.C5.norm.training
 
 
 def test_a_net_for_gray_images_is_refused(small):

@@ -457,6 +457,20 @@ MUTATIONS = [
         f"{TRAINER}::test_a_net_that_changes_in_more_than_weights_is_refused_before_an_epoch",
     ),
     (
+        "a norm frozen by eval is refused",
+        "engine/trainer.py",
+        "            if net.training and not module.training:\n",
+        "            if False:\n",
+        f"{TRAINER}::test_a_norm_that_was_frozen_by_eval_is_refused",
+    ),
+    (
+        "maps of a net that computes otherwise are refused",
+        "engine/probe.py",
+        "    if not same or (",
+        "    if False and (",
+        "tests/engine/test_probe.py::test_maps_of_a_net_that_computes_otherwise_are_refused",
+    ),
+    (
         "steps are those of an epoch",
         "engine/trainer.py",
         "        if self.steps_taken == self.steps_per_epoch:\n",
