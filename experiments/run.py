@@ -85,7 +85,10 @@ def data_of(dataset, split):
     if split == "validation":
         data = data_of(dataset, "test")
         return validation_split(data, VALIDATION_IMAGES // len(data.classes))
-    return load_data(utils.pick_device(), dataset.lower().replace("-", ""), ROOT / "data")
+    data = load_data(utils.pick_device(), dataset.lower().replace("-", ""), ROOT / "data")
+    if data.name != dataset:
+        raise ValueError(f"dataset is {dataset!r}; what engine.data.load_data reads for it is {data.name}")
+    return data
 
 
 def parts(todo):

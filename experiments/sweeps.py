@@ -124,8 +124,7 @@ def search(rows, augment="none"):
 
 def best_recipes(rows, study, seeds, count, augment):
     """List these seeds of each net's best recipes in a study."""
-    accuracy = validation_means(rows[rows["study"] == study], ["net", *RECIPE])
-    found = []
+    accuracy, found = validation_means(rows[rows["study"] == study], ["net", *RECIPE]).dropna(), []
     for net in accuracy.index.unique("net"):
         for values in accuracy[net].nlargest(count).index:
             recipe = {name: TYPES[name](value) for name, value in zip(RECIPE, values, strict=True)}
@@ -340,11 +339,16 @@ SWEEPS = {
 
 
 def read_texts(path=RUNS):
-    """Return the rows of results/runs.csv with all values as text, those of settings as `Experiment.columns` has them.
+    """Return the rows of results/runs.csv with all values `as_texts`."""
+    return as_texts(records.read_rows(path, texts=True))
 
-    A spreadsheet or pandas may have written 4.0 or 3E-05 for 4 or 3e-05.
+
+def as_texts(rows):
+    """Return rows with all values as text, those of settings as `Experiment.columns` has them, "" where there is none.
+
+    pandas or a spreadsheet may have written 4.0 or 3E-05 for 4 or 3e-05.
     """
-    rows = records.read_rows(path, texts=True)
+    rows = rows.astype(object).where(rows.notna(), "").astype(str)
     for name, kind in [("train_images", int), *((field.name, field.type) for field in fields(Experiment))]:
         if name in rows and kind in (int, int | str, float, float | str):
             kind = int if kind in (int, int | str) else float
@@ -355,19 +359,36 @@ def read_texts(path=RUNS):
 def plan(rows, sweeps=SWEEPS):
     """Return {sweep: its experiments} of some sweeps, each after the one that it needs, and the rows that count.
 
-    Of a sweep only rows of experiments that it lists count: no choice or table rests on those of an earlier plan. Of
-    studies that are no sweep all rows do. None stands for the experiments of a sweep that waits for another's runs.
+    rows  with all values `as_texts`
+
+    Of a sweep only rows of experiments that it lists count, on its split: no choice rests on those of an earlier plan.
+    Of studies that are no sweep all rows do. None stands for the experiments of a sweep that waits for another's runs.
+    ValueError, which names the sweep, when it can't be planned or lists a run twice.
     """
     listed = {}
     for sweep in sweeps:
-        _, experiments, needed = SWEEPS[sweep]
-        waits = needed and (listed[needed] is None or without_row(needed, listed[needed], rows))
-        listed[sweep] = None if waits else experiments(rows)
+        split, experiments, needed = SWEEPS[sweep]
+        if needed and (listed[needed] is None or without_row(needed, listed[needed], rows)):
+            listed[sweep] = None
+        else:
+            listed[sweep] = experiments_of(sweep, experiments, rows[rows["study"].isin(chain(sweep))])
         wanted = [tuple(one.columns().values()) for one in listed[sweep] or ()]
         left_out = rows["study"] == sweep
-        left_out[left_out] = ~settings_of(rows[left_out]).isin(wanted).to_numpy()
+        own = rows[left_out]
+        left_out[left_out] = (~settings_of(own).isin(wanted) | (own["split"] != split)).to_numpy()
         rows = rows[~left_out]
     return listed, rows
+
+
+def experiments_of(sweep, function, rows):
+    """Return what a sweep's function lists for the rows of its `chain`; ValueError, see `plan`."""
+    try:
+        found = function(rows)
+    except ValueError as error:
+        raise ValueError(f"sweep {sweep}: {error}") from None
+    if len(set(found)) < len(found):
+        raise ValueError(f"sweep {sweep} lists a run twice: {next(one for one in found if found.count(one) > 1)}")
+    return found
 
 
 def settings_of(rows):
@@ -397,15 +418,14 @@ def missing(sweep, rows):
     return without_row(sweep, planned(sweep, rows), rows)
 
 
-def unfinished(rows):
-    """List the sweeps that wait for others or miss runs."""
-    listed, rows = plan(rows)
+def unfinished(listed, rows):
+    """List the sweeps of a `plan` that wait for others or miss runs."""
     return [sweep for sweep, found in listed.items() if found is None or without_row(sweep, found, rows)]
 
 
 def without_row(sweep, wanted, rows):
-    """List those of the experiments `wanted` that have no row of the sweep."""
-    done = set(settings_of(rows[rows["study"] == sweep]))
+    """List those of the experiments `wanted` that have no row of the sweep, on its split."""
+    done = set(settings_of(rows[(rows["study"] == sweep) & (rows["split"] == SWEEPS[sweep][0])]))
     return [one for one in wanted if tuple(one.columns().values()) not in done]
 
 

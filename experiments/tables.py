@@ -16,7 +16,7 @@ from scipy import stats
 from engine import records
 from engine.statistics import contrast
 from experiments import ROOT
-from experiments.sweeps import RECIPE, SETTING, STEPS, TYPES, best_settings, plan, rate_runs, read_texts
+from experiments.sweeps import RECIPE, SETTING, STEPS, TYPES, as_texts, best_settings, plan, rate_runs, unfinished
 from experiments.tuning import check_seeds, validation_means
 from models import NORM_OF
 
@@ -36,7 +36,7 @@ LEADS = (("batch", "layer"), ("batch", "group"))
 
 
 def read_results(name="runs"):
-    """Read a CSV file of results/ as a DataFrame; of runs.csv the rows that count, see `sweeps.plan`.
+    """Read a CSV file of results/ as a DataFrame; of runs.csv what counts (`sweeps.plan`) of finished sweeps.
 
     OSError when it is absent, ValueError unless it is whole.
     """
@@ -44,7 +44,10 @@ def read_results(name="runs"):
     if not path.exists():
         raise OSError(f"{path} is not there")
     rows = records.read_rows(path)
-    return rows.loc[plan(read_texts(path))[1].index] if name == "runs" else rows
+    if name != "runs":
+        return rows
+    listed, counting = plan(as_texts(rows))
+    return rows.loc[counting.index[~counting["study"].isin(unfinished(listed, counting))]]
 
 
 def claim(text, condition):
@@ -175,10 +178,17 @@ def moments(accuracies):
 def select(rows, **settings):
     """Select the rows that have these settings, a value each or several: select(rows, study="main")."""
     for name, value in settings.items():
-        rows = rows[rows[name].isin(value if isinstance(value, tuple | list) else [value])]
-        if name == "study" and rows.empty:
-            raise ValueError(f"there is no row of {value}; `python -m experiments.run --dry-run` says what is missing")
+        values = value if isinstance(value, tuple | list) else [value]
+        for study in set(values).difference(rows["study"]) if name == "study" else ():
+            raise ValueError(f"{study} has no finished runs; python -m experiments.run --dry-run says what is missing")
+        rows = rows[rows[name].isin(values)]
     return rows
+
+
+def select_tuning(rows, sweep, **settings):
+    """Select the runs on held-out images that chose the settings of one of `tuning`'s sweeps."""
+    parts = [f"{sweep}-{part}" for part in ("rate", "decay", "seeds", "edges")]
+    return select(rows[rows["study"].isin(parts)], **settings)
 
 
 def columns_of(found, name):
@@ -265,15 +275,27 @@ def correlations(rows):
 
 def tuned(rows):
     """Each norm's best mean of three seeds on held-out images under Muon, by batch size, and where it was reached."""
-    runs = select(rows, study=[f"lead-{part}" for part in ("rate", "decay", "seeds", "edges")], norm=NORMS)
-    runs = select(runs, optimizer="muon", augment="none")
-    keys = ["batch_size", "norm", "learning_rate", "weight_decay"]
-    best = validation_means(runs.groupby(keys).filter(lambda seeds: len(seeds) >= 3), keys).groupby(keys[:2])
-    table = best.max().unstack()[list(NORMS)]
+    muon = {"norm": NORMS, "optimizer": "muon", "augment": "none"}
+    runs, tried = select(rows, study="lead", **muon), select_tuning(rows, "lead", **muon)
+    best = held_out(tried, runs, ["batch_size", "norm"])
+    table = best["held-out"].unstack()[list(NORMS)]
     table["mean"] = table.mean(axis=1, skipna=False)
-    for norm, settings in best.idxmax().unstack()[list(NORMS)].items():
-        table[f"{norm}: rate, decay"] = [f"{rate:g}, {decay:g}" for *_, rate, decay in settings]
+    for norm in NORMS:
+        settings = best.xs(norm, level="norm")[["learning_rate", "weight_decay"]].to_numpy()
+        table[f"{norm}: rate, decay"] = [f"{rate:g}, {decay:g}" for rate, decay in settings]
     return table
+
+
+def held_out(tried, runs, keys):
+    """Learning rate and weight decay of `runs` by `keys`, and their mean held-out accuracy, from `tried`.
+
+    nan where that has fewer than three seeds of them. ValueError when `runs` are of two settings.
+    """
+    check_seeds(runs, keys)
+    setting = [*keys, "learning_rate", "weight_decay"]
+    means = validation_means(tried.groupby(setting).filter(lambda own: len(own) >= 3), setting)
+    found = runs.drop_duplicates(keys)[setting].join(means.rename("held-out"), on=setting)
+    return found.set_index(keys).sort_index()
 
 
 def recipe_changes(rows):
@@ -697,7 +719,7 @@ def step_rates(rows):
     To learn is not to overflow and to reach 60% on held-out images.
     """
     keys = ["batch_size", "optimizer", "norm"]
-    tried = select(rows, study=("step-rate", "step-edges"))
+    tried = rows[rows["study"].isin(["step-rate", "step-edges"])]
     tried = tried[tried["validation_accuracy"] > 60].groupby(keys)["learning_rate"]
     chosen = step_runs(rows)
     check_seeds(chosen, keys)
@@ -707,7 +729,7 @@ def step_rates(rows):
     return table.rename_axis(["batch size", "step"]).map("{:g}".format)
 
 
-def edges(rows):
+def edges(rows, sweeps=("lead", "lead-100", "step", "part")):
     """The chosen settings of `tuning`'s sweeps at an edge of what was tried: the smallest or the largest rate or decay.
 
     None, unless what lies beyond was not run. The decay of a rate at which only one was tried is not looked at.
@@ -717,9 +739,9 @@ def edges(rows):
     rows = rows.assign(decay=share.map("{:.1g}".format).astype(float))
     rows[keys] = rows[keys].astype(object).where(rows[keys].notna(), "")
     lines = []
-    for name, runs in select(rows, study=("lead", "lead-100", "step", "part")).groupby("study", sort=False):
+    for name in sweeps:
+        runs, tried = select(rows, study=name), select_tuning(rows, name).groupby(keys)
         check_seeds(runs, keys)
-        tried = select(rows, study=[f"{name}-{part}" for part in ("rate", "decay", "edges")]).groupby(keys)
         for key, own in runs.groupby(keys):
             rate, decay = own[["learning_rate", "decay"]].iloc[0]
             rates, decays = tried.get_group(key)["learning_rate"], tried.get_group(key)
@@ -736,9 +758,14 @@ def edges(rows):
 PART_CONTRASTS = [(f"{norm}, standardized", norm) for norm in ALL] + [("RMS", "layer"), ("tanh", "none")]
 
 
-def part_runs(rows, study="part"):
-    """The runs that compare parts of the norm, named by net: "layer", "layer, standardized", "RMS"."""
-    runs = select(rows, study=study).assign(optimizer=lambda own: own["optimizer"].map(TUNED))
+def part_runs(rows):
+    """The runs on the test set that compare parts of the norm, with `part_names`."""
+    return part_names(select(rows, study="part"))
+
+
+def part_names(runs):
+    """Name runs of the sweep part or of its tuning by net: "layer", "layer, standardized", "RMS"."""
+    runs = runs.assign(optimizer=runs["optimizer"].map(TUNED))
     names = runs["norm"].mask(runs["layer_variant"].isin(["RMS", "tanh"]), runs["layer_variant"])
     return runs.assign(net=names.mask(runs["convolution"].notna(), names + ", standardized"))
 
@@ -749,13 +776,8 @@ def parts(rows):
     Held-out: the mean of three seeds, which chose the setting; a dash where another setting was run on the test set.
     """
     keys = ["optimizer", "net"]
-    tried = part_runs(rows, [f"part-{part}" for part in ("rate", "decay", "seeds", "edges")])
-    setting = [*keys, "learning_rate", "weight_decay"]
-    seeds = tried.groupby(setting).filter(lambda own: len(own) >= 3)
-    held_out, runs = validation_means(seeds, setting), part_runs(rows)
-    check_seeds(runs, keys)
-    table = runs.drop_duplicates(keys).set_index(setting, drop=False)[keys].assign(**{"held-out": held_out})
-    table, runs = table.set_index(keys).sort_index(), runs.groupby(keys)
+    runs, tried = part_runs(rows), part_names(select_tuning(rows, "part"))
+    table, runs = held_out(tried, runs, keys)[["held-out"]], runs.groupby(keys)
     table["test accuracy"], table["std"] = (runs["test_accuracy"].agg(name, skipna=False) for name in ("mean", "std"))
     table["n"], table["train accuracy"] = runs.size(), runs["train_accuracy"].mean(skipna=False)
     return table.reindex([*ALL, *(name for name, _ in PART_CONTRASTS)], level="net")

@@ -55,7 +55,7 @@ def validation_means(rows, keys, seeds=1):
     check_seeds(rows, keys, seeds)
     accuracy = records.numbers(rows, "validation_accuracy").rename("accuracy")
     means = accuracy.groupby([rows[key] for key in keys]).agg(lambda values: values.mean(skipna=False))
-    return means.sort_index(key=as_numbers)
+    return means.round(9).sort_index(key=as_numbers)  # what is beyond depends on the rows' order
 
 
 def as_numbers(labels):
@@ -184,10 +184,16 @@ def key(experiment):
 
 
 def means_of(rows, studies, seeds=1):
-    """Return the mean validation accuracy of each setting with that many seeds; -1 where a run diverged."""
+    """Return the mean validation accuracy of each setting with that many seeds; -1 where a run diverged.
+
+    studies  a list of them, the first first
+    """
     rows = rows[rows["study"].isin(studies)].reindex(columns=[*rows, *set(KEYS).difference(rows)], fill_value="")
     if rows.empty:
         return {}
+    # A run may be there twice, as one of an earlier plan: it is that of the first study.
+    rows = rows.sort_values("study", key=lambda own: own.map(studies.index), kind="stable")
+    rows = rows[rows["study"].eq(rows.groupby([*KEYS, "seed"])["study"].transform("first"))]
     rows = rows[rows.groupby(KEYS)["seed"].transform("size") >= seeds]
     return validation_means(rows, KEYS).fillna(-1).to_dict()
 

@@ -138,9 +138,13 @@ def test_a_row_that_is_not_found_again_ends_a_sweep(tiny, monkeypatch):
 
 
 def test_each_data_set_is_loaded_once_and_split_as_asked(tiny, monkeypatch):
-    data, _ = tiny
-    asked = []
-    monkeypatch.setattr(run, "load_data", lambda device, source, root: asked.append(source) or data)
+    data, asked = replace(tiny[0], name="CIFAR-100"), []
+
+    def load(device, source, root):
+        asked.append(source)
+        return data if source == "cifar100" else tiny[0]
+
+    monkeypatch.setattr(run, "load_data", load)
     monkeypatch.setattr(run, "VALIDATION_IMAGES", 100)
     assert run.data_of("CIFAR-100", "test") is data
     assert run.data_of("CIFAR-100", "validation").split == "validation"
@@ -150,6 +154,13 @@ def test_each_data_set_is_loaded_once_and_split_as_asked(tiny, monkeypatch):
         "CIFAR-10",
         "CIFAR-100",
     ]
+
+
+def test_images_of_another_data_set_are_refused(tiny):
+    with pytest.raises(
+        ValueError, match=r"^dataset is 'Fashion'; what engine.data.load_data reads for it is CIFAR-10$"
+    ):
+        run.data_of("Fashion", "validation")
 
 
 def test_small_batches_run_many_at_a_time():
@@ -199,7 +210,7 @@ def test_dry_run_says_what_is_missing_and_runs_nothing(tiny, monkeypatch, capsys
     assert len(lines) == len(SWEEPS)
     assert lines[0] == "recipe: 3 of 3 runs missing, no GPU run so far to predict from"
     assert "rate-seeds: waits for rate" in lines
-    measured = {"study": "recipe", "device": "NVIDIA", "train_images": 500, "seconds": 60}
+    measured = {"study": "recipe", "split": "validation", "device": "NVIDIA", "train_images": 500, "seconds": 60}
     rows = [one.columns() | measured for one in tiny[1]]
     records.upsert(run.RUNS, rows[:2])
     run.main(["recipe", "--dry-run"])
@@ -235,7 +246,7 @@ def test_what_can_not_be_run_ends_in_one_line(monkeypatch, capsys, arguments, me
     ],
 )
 def test_a_dry_run_with_a_damaged_file_ends_in_one_line(tiny, capsys, change, message):
-    measured = {"study": "recipe", "seconds": 60, "device": "NVIDIA", "train_images": 500}
+    measured = {"study": "recipe", "split": "validation", "seconds": 60, "device": "NVIDIA", "train_images": 500}
     records.upsert(run.RUNS, [tiny[1][0].columns() | measured])
     run.RUNS.write_text(change(run.RUNS.read_text()))
     with pytest.raises(SystemExit):

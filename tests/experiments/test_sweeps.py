@@ -1,5 +1,6 @@
 """What the sweeps list: which experiments, on which split, after which others, and what is still missing."""
 
+import math
 from dataclasses import asdict, replace
 
 import pandas as pd
@@ -8,7 +9,7 @@ import pytest
 import models
 import utils
 from engine import records
-from experiments import sweeps
+from experiments import sweeps, tuning
 from experiments.sweeps import SWEEPS, missing, planned, waits
 from experiments.variants import Experiment
 
@@ -19,7 +20,12 @@ def rows_of(sweep, experiments, accuracy=lambda one: 70):
     """Rows, all values as text, of finished experiments with made-up validation accuracies; None: it diverged."""
     scores = [accuracy(one) for one in experiments]
     return pd.DataFrame(
-        one.columns() | {"study": sweep, "validation_accuracy": "" if score is None else str(score)}
+        one.columns()
+        | {
+            "study": sweep,
+            "split": SWEEPS.get(sweep, ["test"])[0],
+            "validation_accuracy": "" if score is None else str(score),
+        }
         for one, score in zip(experiments, scores, strict=True)
     )
 
@@ -78,6 +84,10 @@ def test_the_best_five_recipes_of_each_net_get_three_new_seeds():
     assert {one.learning_rate for one in found if one.net == "NetA"} == set(rates[-5:])
     assert {one.learning_rate for one in found if one.net == "NetB"} == set(rates[-6:-1])
     assert len(found) == 60
+    few = planned(
+        "search-seeds", rows_of("search", experiments, lambda one: accuracy(one) if one.net == "Net" else None)
+    )
+    assert count_pairs(few).to_dict() == {("Net", "muon"): 15}, "a recipe that diverged was chosen"
     assert {one.seed for one in found} == {1, 2, 3}
 
     rows = pd.concat([rows_of("search", experiments, accuracy), rows_of("search-seeds", found, accuracy)])
@@ -104,6 +114,60 @@ def test_no_choice_rests_on_rows_of_an_earlier_plan():
     assert set(kept[kept["study"] != "main"]["label_smoothing"]) <= {"0.0", "0.05", "0.1", "0.2"}
 
 
+def finish(rows, score):
+    """Run what is missing of the sweep lead with made-up accuracies, as `experiments.run` does."""
+    for sweep in sweeps.chain("lead"):
+        while todo := missing(sweep, rows):
+            rows = pd.concat([rows, rows_of(sweep, todo, score)], ignore_index=True)
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("of", "optimizer", "value"),
+    [("FIRST_RATES", "sgdw", (0.003, 0.01, 0.03, 0.1, 0.3)), ("FIRST_DECAY", "adamw", 1.0)],
+)
+def test_an_earlier_plan_of_tuning_changes_no_choice(monkeypatch, of, optimizer, value):
+    """What one part lists now was a run of another part before: it is run again and counts once."""
+    published = sweeps.read_texts()
+    published = published[published["study"].isin(sweeps.chain("lead"))]
+    tried = published[published["split"] == "validation"].drop_duplicates(tuning.KEYS)
+    known = tried.set_index(tuning.KEYS)["validation_accuracy"].to_dict()
+
+    def score(one):
+        return known.get(tuning.key(one), 50 - abs(math.log(one.learning_rate / 0.03))) or None
+
+    monkeypatch.setitem(getattr(tuning, of), optimizer, value)
+    fresh = finish(published[:0], score)
+    again = finish(published.assign(validation_accuracy=[known.get(key, "") for key in keys_of(published)]), score)
+    assert planned("lead", again) == planned("lead", fresh)
+    for sweep in sweeps.chain("lead"):
+        assert not missing(sweep, again)
+        counting = sweeps.plan(again)[1]["study"].eq(sweep).sum()
+        assert counting == fresh["study"].eq(sweep).sum()
+
+
+def keys_of(rows):
+    return rows[tuning.KEYS].itertuples(index=False, name=None)
+
+
+def test_runs_on_another_split_do_not_count(monkeypatch):
+    rows = sweeps.read_texts()
+    _, function, needed = SWEEPS["initial"]
+    monkeypatch.setitem(SWEEPS, "initial", ("test", function, needed))
+    assert missing("initial", rows) == sweeps.initial(None)
+    assert "initial" not in set(sweeps.plan(rows)[1]["study"])
+
+
+def test_a_sweep_that_can_not_be_planned_is_named(monkeypatch):
+    one = Experiment()
+    monkeypatch.setitem(SWEEPS, "groups", ("test", lambda rows: [one, one], None))
+    with pytest.raises(ValueError, match=r"^sweep groups lists a run twice: Experiment\("):
+        missing("groups", rows_of("groups", [one]))
+    rows = rows_of("long-tune", sweeps.long_tune(None), lambda one: None)
+    with pytest.raises(ValueError, match=r"^sweep long: "):
+        planned("long", rows)
+
+
 def test_runs_of_a_sweep_that_waits_do_not_count():
     rows = rows_of("search", sweeps.search(None))
     rows = pd.concat([rows, rows_of("search-seeds", planned("search-seeds", rows))])
@@ -115,9 +179,9 @@ def test_runs_of_a_sweep_that_waits_do_not_count():
 def test_published_rows_leave_nothing_to_run():
     rows = sweeps.read_texts()
     assert {sweep: missing(sweep, rows) for sweep in SWEEPS} == {sweep: [] for sweep in SWEEPS}
-    assert sweeps.unfinished(rows) == []
+    assert sweeps.unfinished(*sweeps.plan(rows)) == []
     fewer = rows.drop(rows.index[(rows["study"] == "part-rate")][0])
-    assert sweeps.unfinished(fewer) == ["part-rate", "part-decay", "part-seeds", "part-edges", "part"]
+    assert sweeps.unfinished(*sweeps.plan(fewer)) == ["part-rate", "part-decay", "part-seeds", "part-edges", "part"]
     last = set(SWEEPS) - {needed for _, _, needed in SWEEPS.values()}  # one that waits keeps all after it waiting
     assert not any(waits(sweep, rows) for sweep in last)
 
@@ -134,12 +198,14 @@ def test_a_file_that_another_program_saved_leaves_nothing_to_run(tmp_path, progr
         rows.to_csv(path, index=False)
     assert path.read_bytes() != sweeps.RUNS.read_bytes()
     settings = list(Experiment().columns())
-    pd.testing.assert_frame_equal(sweeps.read_texts(path)[settings], sweeps.read_texts()[settings])
+    texts = sweeps.read_texts()[settings]
+    pd.testing.assert_frame_equal(sweeps.read_texts(path)[settings], texts)
+    pd.testing.assert_frame_equal(sweeps.as_texts(records.read_rows(path))[settings], texts)
 
 
 def test_a_whole_number_for_another_is_the_same_run(tmp_path):
     one = Experiment(weight_decay=0, learning_rate=1)
-    records.upsert(tmp_path / "runs.csv", one.columns() | {"study": "recipe"})
+    records.upsert(tmp_path / "runs.csv", one.columns() | {"study": "recipe", "split": "validation"})
     assert sweeps.without_row("recipe", [one], sweeps.read_texts(tmp_path / "runs.csv")) == []
 
 

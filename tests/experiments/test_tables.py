@@ -119,7 +119,7 @@ def test_no_table_pools_two_settings_of_a_net(table, study):
 
 
 def test_tables_take_no_rows_of_an_earlier_plan(tmp_path, monkeypatch):
-    """Nor any whose study has no row, in one line."""
+    """Nor of a sweep that is not finished; what needs it says so in one line."""
     whole = records.read_rows(tables.RESULTS / "runs.csv")
     other = whole[whole["study"] == "part"].iloc[:1].assign(learning_rate=0.5)
     records.upsert(tmp_path / "runs.csv", pd.concat([whole, other]).astype(object).fillna(""))
@@ -128,8 +128,24 @@ def test_tables_take_no_rows_of_an_earlier_plan(tmp_path, monkeypatch):
     assert len(whole) - len(rows) == 72  # of rate-seeds, at decays that are not chosen
     assert 0.5 not in set(rows[rows["study"] == "part"]["learning_rate"])
     pd.testing.assert_frame_equal(tables.parts(rows), tables.parts(ROWS))
-    with pytest.raises(ValueError, match=r"^there is no row of part; `python -m experiments.run --dry-run` says what"):
-        tables.parts(rows[rows["study"] != "part"])
+    first = whole.index[whole["study"] == "part"][0]
+    records.upsert(tmp_path / "fewer" / "runs.csv", whole.drop(first).astype(object).fillna(""))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "fewer")
+    rows = tables.read_results()
+    assert set(ROWS["study"]) - set(rows["study"]) == {"part"}
+    with pytest.raises(ValueError, match=r"^part has no finished runs; python -m experiments.run --dry-run says what"):
+        tables.parts(rows)
+
+
+def test_of_two_best_settings_that_which_was_tested_is_shown():
+    tried = tables.select_tuning(ROWS, "lead", optimizer="muon", batch_size=250, norm="batch", augment="none")
+    seeds = tried.groupby("weight_decay").filter(lambda own: len(own) >= 3)
+    other = tried.index.isin(seeds.index) & (tried["weight_decay"] < 0.167)
+    assert other.sum() == 3
+    best = seeds[seeds["weight_decay"] == 0.167]["validation_accuracy"]
+    changed = ROWS.copy()
+    changed.loc[tried.index[other], "validation_accuracy"] = best.to_numpy()
+    pd.testing.assert_frame_equal(tables.tuned(changed), tables.tuned(ROWS))
 
 
 def test_differences_of_the_published_rows():
@@ -452,9 +468,9 @@ def test_settings_at_an_edge_of_what_was_tried_are_listed():
         if net == "Net":  # its best rate was at the edge: three seeds of the next one, with one decay
             found += [row | {"study": "step-edges", "learning_rate": 1.0, "weight_decay": 0.01}] * 3
         found.append(row | {"study": "step", "learning_rate": rate, "weight_decay": decay / rate / 100})
-    table = tables.edges(pd.DataFrame(found))
+    table = tables.edges(pd.DataFrame(found), ["step"])
     assert table[["net", "at the edge"]].to_numpy().tolist() == [["NetB", "learning rate"], ["NetC", "weight decay"]]
-    assert tables.edges(pd.DataFrame(found)[lambda rows: rows["net"].isin(["NetA", "Net"])]).empty
+    assert tables.edges(pd.DataFrame(found)[lambda rows: rows["net"].isin(["NetA", "Net"])], ["step"]).empty
 
 
 def test_what_more_epochs_change():

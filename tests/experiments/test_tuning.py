@@ -1,5 +1,6 @@
 """Tuning: the best of each grid lies inside it, all nets of a cell get the same trials, and the test set comes last."""
 
+import itertools
 import math
 from collections import Counter
 
@@ -56,6 +57,14 @@ def test_rows_as_texts_and_as_numbers_have_the_same_order():
     means = [tuning.validation_means(rows.astype(kind), ["net", "weight_decay"]) for kind in (object, str)]
     assert [list(one) for one in means] == [[70, 80, 80]] * 2
     assert [one.idxmax() for one in means] == [("Net", 9.0), ("Net", "9.0")]
+
+
+def test_the_order_of_rows_changes_no_mean():
+    """Sums of floats depend on it in their last bit."""
+    rows = pd.DataFrame({"net": "Net", "seed": range(3), "validation_accuracy": [85.10, 85.30, 85.20]})
+    orders = [rows.iloc[[*order]] for order in itertools.permutations(range(3))]
+    assert len({sum(one["validation_accuracy"].tolist()) for one in orders}) > 1
+    assert len({tuning.validation_means(one, ["net"])["Net"] for one in orders}) == 1
 
 
 def test_all_nets_of_a_cell_get_the_same_trials(ran):

@@ -506,10 +506,31 @@ MUTATIONS = [
         f"{SWEEPS}::test_no_choice_rests_on_rows_of_an_earlier_plan",
     ),
     (
+        "a run that an earlier plan had in another part of tuning counts once",
+        "experiments/tuning.py",
+        '    rows = rows[rows["study"].eq(rows.groupby([*KEYS, "seed"])["study"].transform("first"))]\n',
+        "",
+        f"{SWEEPS}::test_an_earlier_plan_of_tuning_changes_no_choice",
+    ),
+    (
+        "runs on another split do not count",
+        "experiments/sweeps.py",
+        ' & (rows["split"] == SWEEPS[sweep][0])',
+        "",
+        f"{SWEEPS}::test_runs_on_another_split_do_not_count",
+    ),
+    (
+        "the order of rows changes no mean",
+        "experiments/tuning.py",
+        "means.round(9)",
+        "means",
+        "tests/experiments/test_tuning.py::test_the_order_of_rows_changes_no_mean",
+    ),
+    (
         "of two best settings, rows as texts and as numbers choose the same",
         "experiments/tuning.py",
-        "    return means.sort_index(key=as_numbers)\n",
-        "    return means\n",
+        ".sort_index(key=as_numbers)",
+        "",
         "tests/experiments/test_tuning.py::test_rows_as_texts_and_as_numbers_have_the_same_order",
     ),
     (
