@@ -186,12 +186,12 @@ def key(experiment):
 def means_of(rows, studies, seeds=1):
     """Return the mean validation accuracy of each setting with that many seeds; -1 where a run diverged.
 
-    studies  a list of them, the first first
+    studies  in the order in which they run
     """
     rows = rows[rows["study"].isin(studies)].reindex(columns=[*rows, *set(KEYS).difference(rows)], fill_value="")
     if rows.empty:
         return {}
-    # A run may be there twice, as one of an earlier plan: it is that of the first study.
+    # An earlier plan may have had a run in another study, too; that of the first one counts.
     rows = rows.sort_values("study", key=lambda own: own.map(studies.index), kind="stable")
     rows = rows[rows["study"].eq(rows.groupby([*KEYS, "seed"])["study"].transform("first"))]
     rows = rows[rows.groupby(KEYS)["seed"].transform("size") >= seeds]
