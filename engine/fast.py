@@ -67,20 +67,17 @@ def low_precision_copy(net, dtype):
     they are plain, come after their pools: the same function for a quarter of the work. The parameters' order is that
     of `net`. Only for nets without a `reason_against_copy`; ValueError where an attribute can't be copied.
     """
-    instead = {id(buffer): buffer for buffer in net.buffers(recurse=False)}  # what stands in the copy, by id
-    kept = set()  # modules that stay in float32: those with buffers and all that is in them, and group norms
+    instead = {buffer: buffer for buffer in net.buffers(recurse=False)}  # what stands in the copy, wherever it is held
     for module in list(net.modules())[1:]:
-        if module in kept:
+        if module in instead:
             continue
         if type(module) is nn.BatchNorm2d or [*module.buffers(recurse=False)]:
-            instead[id(module)] = module
+            instead |= {one: one for one in (*module.modules(), *module.parameters(), *module.buffers())}
         elif type(module) is nn.GroupNorm and module.bias is not None:
-            instead[id(module)] = ChannelsLastGroupNorm(module)
-        else:
-            continue
-        kept.update(instead[id(module)].modules())
+            instead |= {module: ChannelsLastGroupNorm(module), **{one: one for one in module.parameters()}}
+    kept = set(instead.values())  # in float32
     try:
-        copied = copy.deepcopy(net, instead)
+        copied = copy.deepcopy(net, {id(one): other for one, other in instead.items()})
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"net can't be copied: {str(error).splitlines()[0]}; remove what can't") from None
     for module in set(copied.modules()) - kept:

@@ -88,7 +88,7 @@ def class_activation_maps(net, images):
     map over its positions is the net's logit. ValueError for a net of which that is not true.
     """
     images = normalize(images)
-    with eval_mode(net):
+    with eval_mode(net), torch.autocast(images.device.type, enabled=False):
         logits, maps = net(images), images
         for name, layer in net._modules.items():
             if name != "GAP":

@@ -285,7 +285,12 @@ def read_rows(path, texts=False):
 
     texts  all values as they are written, "" where there is none; those of TEXTS are texts in any case
     """
-    if (content := read_bytes(path)) is None:
+    return parse_rows(path, read_bytes(path), texts)
+
+
+def parse_rows(path, content, texts=False):
+    """Return `read_rows` of a file that was read: its bytes, or None."""
+    if content is None:
         return pd.DataFrame(columns=["study", "net", "split"])
     _table(path, content)
     dtype, missing = (str, []) if texts else (dict.fromkeys(TEXTS, str), [""])  # None may be a name
@@ -375,24 +380,24 @@ def fingerprint(net, data, settings, track, precision=None):
     return described | _plain(asdict(settings))
 
 
-def attributes(net):
+def attributes(net, seen=()):
     """Describe the plain attributes of each module, as {name: text}: numbers, texts, arrays and what holds them."""
     return {
-        f"{path}.{name}": repr(_described(value))
+        f"{path}.{name}": repr(_described(value, seen))
         for path, module in net.named_modules()
         for name, value in sorted(vars(module).items())
         if name not in OF_ALL_MODULES and isinstance(value, PLAIN | ARRAYS | tuple | list | dict)
     }
 
 
-def _code(module):
+def _code(module, seen=()):
     """Describe a module's functions and, of its classes that are not torch's, methods and attributes."""
     own = {name: value for name, value in vars(module).items() if callable(value) and name not in OF_ALL_MODULES}
     found = [own | {"forward": module.forward}]
     for cls in type(module).__mro__:
         if cls.__module__.partition(".")[0] != "torch":
             found.append({name: value for name, value in vars(cls).items() if name[:2] != "__" or callable(value)})
-    return [(name, _described(value)) for members in found for name, value in sorted(members.items())]
+    return [(name, _described(value, seen)) for members in found for name, value in sorted(members.items())]
 
 
 def _described(value, seen=()):
@@ -411,6 +416,8 @@ def _described(value, seen=()):
         return str(value.dtype), _digest(value.tolist()) if value.ndim else repr(value.item())
     if isinstance(value, functools.partial | functools.partialmethod):
         return _described((value.func, value.args, *sorted(value.keywords.items())), seen)
+    if isinstance(value, torch.nn.Module) and value not in seen:  # in a list or dict
+        return attributes(value, (*seen, value)), [_code(module, (*seen, value)) for module in value.modules()]
     if isinstance(value, types.CodeType):
         return value.co_code, value.co_names, _described(value.co_consts, seen)
     if isinstance(value, types.MethodType | staticmethod | classmethod):

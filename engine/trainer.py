@@ -165,10 +165,13 @@ class Trainer:
                 state = f"of {parameter.dtype}" if parameter.requires_grad else "frozen"
                 raise ValueError(f"{name} is {state}; give a net whose parameters are all float32 and trained")
         check_input(net)
-        for name, module in net.named_modules():
-            if net.training and not module.training:
-                raise ValueError(f"{name} is in eval mode, which training would end; call net.train() first")
-        net.to(device, memory_format=torch.channels_last).train()
+        frozen = {name: module for name, module in net.named_modules() if net.training and not module.training}
+        net.train()
+        if thawed := [name for name, module in frozen.items() if module.training]:
+            for name in thawed:
+                frozen[name].training = False
+            raise ValueError(f"{thawed[0]} is in eval mode, which training would end; call net.train() first")
+        net.to(device, memory_format=torch.channels_last)
         as_it_is = bool(reason := fast.reason_against_copy(net))
         if as_it_is:
             print_once(f"training in float32, step by step: {reason}")

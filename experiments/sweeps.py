@@ -14,7 +14,7 @@ import pandas as pd
 import models
 from engine import records
 from experiments import ROOT
-from experiments.tuning import MOMENTUM, Cell, check_seeds, tuning, validation_means
+from experiments.tuning import MOMENTUM, Cell, check_seeds, in_order, key, means_of, tuning, validation_means
 from experiments.variants import Experiment
 from utils import NETS, Settings
 
@@ -108,28 +108,23 @@ def draw_recipes(count=60):
     return sorted(recipes, key=lambda recipe: recipe["batch_size"])  # alike ones at the same time
 
 
-def with_recipe(recipe, nets, seeds, augment):
-    """List the experiments of one recipe; without augmentation its crop plays no part."""
-    changed = recipe | {"augment": augment} | ({"crop": Settings.crop} if augment == "none" else {})
+def search(rows, augment="none"):
+    """List random recipes, the same for each net; without augmentation their crops play no part."""
+    fixed = {"augment": augment} | ({"crop": Settings.crop} if augment == "none" else {})
     return [
-        Experiment(net=net, seed=seed, initial_weights="he" if net == "Net" else "", **changed)
-        for seed, net in itertools.product(seeds, nets)
+        Experiment(net=net, initial_weights="he" if net == "Net" else "", **recipe | fixed)
+        for recipe, net in itertools.product(draw_recipes(), WITH_CONTROL)
     ]
 
 
-def search(rows, augment="none"):
-    """List random recipes, the same for each net."""
-    return [one for recipe in draw_recipes() for one in with_recipe(recipe, WITH_CONTROL, [0], augment)]
-
-
-def best_recipes(rows, study, seeds, count, augment):
-    """List these seeds of each net's best recipes in a study."""
-    accuracy, found = validation_means(rows[rows["study"] == study], ["net", *RECIPE]).dropna(), []
-    for net in accuracy.index.unique("net"):
-        for values in accuracy[net].nlargest(count).index:
-            recipe = {name: TYPES[name](value) for name, value in zip(RECIPE, values, strict=True)}
-            found += with_recipe(recipe, [net], seeds, augment)
-    return sorted(found, key=lambda one: one.batch_size)
+def best_of(rows, study, experiments, count, seeds):
+    """List these seeds of each net's best `experiments` by their mean accuracy in a study; none that diverged."""
+    means, found = means_of(rows, [study]), []
+    for net in dict.fromkeys(one.net for one in experiments):
+        own = [one for one in experiments if one.net == net and means.get(key(one), -1) >= 0]
+        best = sorted(own, key=lambda one: -means[key(one)])[:count]
+        found += [replace(one, seed=seed) for one in best for seed in seeds]
+    return in_order(found)
 
 
 def searching(name, augment):
@@ -140,8 +135,8 @@ def searching(name, augment):
     seeds = f"{name}-seeds"
     return {
         name: ("validation", lambda rows: search(rows, augment), None),
-        seeds: ("validation", lambda rows: best_recipes(rows, name, [1, 2, 3], 5, augment), name),
-        f"{name}-best": ("test", lambda rows: best_recipes(rows, seeds, range(10), 1, augment), seeds),
+        seeds: ("validation", lambda rows: best_of(rows, name, search(rows, augment), 5, (1, 2, 3)), name),
+        f"{name}-best": ("test", lambda rows: best_of(rows, seeds, search(rows, augment), 1, range(10)), seeds),
     }
 
 
@@ -260,11 +255,7 @@ def long_tune(rows):
 
 def long(rows):
     """List three seeds of each net at its best setting of 200 epochs."""
-    means, found = validation_means(rows[rows["study"] == "long-tune"], ["net", *RECIPE]), []
-    for net in NETS:
-        best = dict(zip(RECIPE, means[net].idxmax(), strict=True))
-        found += experiments([net], 3, [LONG | {name: TYPES[name](value) for name, value in best.items()}])
-    return sorted(found, key=lambda one: one.batch_size)
+    return best_of(rows, "long-tune", long_tune(rows), 1, range(3))
 
 
 CORNERS = tuple(itertools.product(("sgdw", "muon"), (64, 500)))  # of PLAN.md's contrasts
@@ -339,16 +330,15 @@ SWEEPS = {
 
 
 def read_texts(path=RUNS):
-    """Return the rows of results/runs.csv with all values `as_texts`."""
-    return as_texts(records.read_rows(path, texts=True))
+    """Return the rows of results/runs.csv with all values as texts, `in_our_form`."""
+    return in_our_form(records.read_rows(path, texts=True))
 
 
-def as_texts(rows):
-    """Return rows with all values as text, those of settings as `Experiment.columns` has them, "" where there is none.
+def in_our_form(rows):
+    """Return rows of texts with the numbers of settings as `Experiment.columns` has them.
 
     pandas or a spreadsheet may have written 4.0 or 3E-05 for 4 or 3e-05.
     """
-    rows = rows.astype(object).where(rows.notna(), "").astype(str)
     for name, kind in [("train_images", int), *((field.name, field.type) for field in fields(Experiment))]:
         if name in rows and kind in (int, int | str, float, float | str):
             kind = int if kind in (int, int | str) else float
@@ -359,7 +349,7 @@ def as_texts(rows):
 def plan(rows, sweeps=SWEEPS):
     """Return {sweep: its experiments} of some sweeps, each after the one that it needs, and the rows that count.
 
-    rows  with all values `as_texts`
+    rows  as `read_texts` returns them
 
     Of a sweep only rows of experiments that it lists count, on its split: no choice rests on those of an earlier plan.
     Of studies that are no sweep all rows do. None stands for the experiments of a sweep that waits for another's runs.
@@ -429,6 +419,19 @@ def without_row(sweep, wanted, rows):
     return [one for one in wanted if tuple(one.columns().values()) not in done]
 
 
+def select(rows, **settings):
+    """Select the rows that have these settings, a value each or several: select(rows, study="main").
+
+    ValueError for a study without rows.
+    """
+    for name, value in settings.items():
+        values = value if isinstance(value, tuple | list) else [value]
+        for study in set(values).difference(rows["study"]) if name == "study" else ():
+            raise ValueError(f"{study} has no finished runs; python -m experiments.run --dry-run says what is missing")
+        rows = rows[rows[name].isin(values)]
+    return rows
+
+
 def best_decays(rows):
     """List a SETTING for each optimizer, net and learning rate of `rate`: that with the best weight decay.
 
@@ -441,7 +444,7 @@ def best_decays(rows):
 def rate_runs(rows):
     """Return the runs of the studies of rates at `best_decays`. ValueError while one has fewer than three seeds."""
     chosen = pd.DataFrame(best_decays(rows), columns=SETTING)
-    runs = rows[rows["study"].isin(("rate", "rate-seeds"))].merge(chosen, on=SETTING)
+    runs = select(rows, study=("rate", "rate-seeds")).merge(chosen, on=SETTING)
     check_seeds(runs, SETTING, 3)
     return runs
 

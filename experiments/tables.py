@@ -14,9 +14,21 @@ import pandas as pd
 from scipy import stats
 
 from engine import records
+from engine.files import read_bytes
 from engine.statistics import contrast
 from experiments import ROOT
-from experiments.sweeps import RECIPE, SETTING, STEPS, TYPES, as_texts, best_settings, plan, rate_runs, unfinished
+from experiments.sweeps import (
+    RECIPE,
+    SETTING,
+    STEPS,
+    TYPES,
+    best_settings,
+    in_our_form,
+    plan,
+    rate_runs,
+    select,
+    unfinished,
+)
 from experiments.tuning import check_seeds, validation_means
 from models import NORM_OF
 
@@ -43,10 +55,11 @@ def read_results(name="runs"):
     path = RESULTS / f"{name}.csv"
     if not path.exists():
         raise OSError(f"{path} is not there")
-    rows = records.read_rows(path)
+    content = read_bytes(path)
+    rows = records.parse_rows(path, content)
     if name != "runs":
         return rows
-    listed, counting = plan(as_texts(rows))
+    listed, counting = plan(in_our_form(records.parse_rows(path, content, texts=True)))
     return rows.loc[counting.index[~counting["study"].isin(unfinished(listed, counting))]]
 
 
@@ -173,16 +186,6 @@ def moments(accuracies):
     """Mean, standard deviation and number of test accuracies; the first two are nan where a run diverged."""
     mean, std = accuracies.mean(skipna=False), accuracies.std(skipna=False)
     return {"test accuracy": mean, "std": std, "n": len(accuracies)}
-
-
-def select(rows, **settings):
-    """Select the rows that have these settings, a value each or several: select(rows, study="main")."""
-    for name, value in settings.items():
-        values = value if isinstance(value, tuple | list) else [value]
-        for study in set(values).difference(rows["study"]) if name == "study" else ():
-            raise ValueError(f"{study} has no finished runs; python -m experiments.run --dry-run says what is missing")
-        rows = rows[rows[name].isin(values)]
-    return rows
 
 
 def select_tuning(rows, sweep, **settings):
@@ -448,7 +451,7 @@ def optimizer_leads(rows):
 
 def repeated(rows):
     """The same settings on two kinds of GPU: how far their mean test accuracies are apart, ten seeds each."""
-    there, here = rows[rows["study"] == "optimizer-h200"], rows[rows["study"] == "optimizer"]
+    there, here = select(rows, study="optimizer-h200"), select(rows, study="optimizer")
     lines = []
     for (name, norm, *setting), own in there.groupby(["optimizer", "norm", *SETTING[2:]]):
         other = select(here, optimizer=name, norm=norm, learning_rate=setting[0], weight_decay=setting[1])

@@ -213,12 +213,15 @@ def tuning(name, cells):
 
     def by_net(rows):
         """Yield each net of each cell: its cell, what it tried, and what lies beyond, as experiments of seed 0."""
-        first, three = means_of(rows, names[:2]), means_of(rows, names, seeds=3)
+        first, three = means_of(rows, names[:2]), means_of(rows, names[:3], seeds=3)
+        further = means_of(rows, names[3:], seeds=3)
         for cell in cells:
             tried = [one for part in cell.tried(first) for one in part]
             for net in cell.nets:
                 own = [one for one in tried if one.net == net]
-                yield cell, own, beyond(cell, own, three)
+                # Of an earlier plan, what is tried now may have been beyond: those seeds do not count.
+                outside = {one: mean for one, mean in further.items() if one not in set(map(key, own))}
+                yield cell, own, beyond(cell, own, three | outside)
 
     def best(settings, means, count):
         return sorted((one for one in settings if key(one) in means), key=lambda one: -means[key(one)])[:count]

@@ -228,6 +228,33 @@ def test_modules_that_a_list_holds_too_are_those_of_the_copy(norm):
         assert norm.num_batches_tracked == 1
 
 
+class Scales(models.Net):
+    """Uses the tensors of its norms again, from a list."""
+
+    state_in_buffers = True
+
+    def __init__(self, norm):
+        super().__init__(norm)
+        self.scales = [self.C1.norm.weight, self.C10.norm.weight, *self.C5.norm.buffers()]
+
+    def forward(self, x):
+        return super().forward(x) * sum(scale.float().mean() for scale in self.scales)
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer", "group", "none"])
+def test_tensors_of_a_norm_that_a_list_holds_too_are_those_of_the_norm(norm):
+    torch.manual_seed(0)
+    net = Scales(norm)
+    copied = fast.low_precision_copy(net, torch.float32)
+    assert copied.scales[0] is copied.C1.norm.weight
+    assert [*map(id, copied.scales[2:])] == [*map(id, net.C5.norm.buffers())]
+    images = torch.randn(8, 3, 32, 32)
+    plain = copy.deepcopy(net)
+    [expected] = torch.autograd.grad(plain(images).square().sum(), [plain.C10.norm.weight])
+    [found] = torch.autograd.grad(copied(images).square().sum(), [copied.C10.norm.weight])
+    assert (found - expected).norm() < 1e-3 * expected.norm()
+
+
 def test_an_edited_forward_is_copied_as_it_is(monkeypatch):
     """As if models.py said so."""
 

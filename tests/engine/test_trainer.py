@@ -507,6 +507,19 @@ def test_a_norm_that_was_frozen_by_eval_is_refused(small):
     assert net.C5.norm.training
 
 
+def test_a_norm_that_freezes_itself_is_trained_as_it_is(small):
+    class Frozen(nn.BatchNorm2d):
+        def train(self, mode=True):
+            return super().train(False)
+
+    net = models.NetA(widths=NARROW)
+    net.C5.norm = Frozen(8)
+    for _ in range(2):
+        run_epoch(Trainer(net, small, SHORT))
+        assert not net.C5.norm.training
+        assert net.C5.norm.num_batches_tracked == 0
+
+
 def test_a_net_for_gray_images_is_refused(small):
     with pytest.raises(ValueError, match=r"^in_channels is 1; the images have 3 colors$"):
         Trainer(models.NetA(in_channels=1), small, SHORT)

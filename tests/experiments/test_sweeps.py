@@ -114,9 +114,9 @@ def test_no_choice_rests_on_rows_of_an_earlier_plan():
     assert set(kept[kept["study"] != "main"]["label_smoothing"]) <= {"0.0", "0.05", "0.1", "0.2"}
 
 
-def finish(rows, score):
-    """Run what is missing of the sweep lead with made-up accuracies, as `experiments.run` does."""
-    for sweep in sweeps.chain("lead"):
+def finish(rows, score, last="lead"):
+    """Run what is missing of a sweep and of those it needs with made-up accuracies, as `experiments.run` does."""
+    for sweep in sweeps.chain(last):
         while todo := missing(sweep, rows):
             rows = pd.concat([rows, rows_of(sweep, todo, score)], ignore_index=True)
     return rows
@@ -146,6 +146,48 @@ def test_an_earlier_plan_of_tuning_changes_no_choice(monkeypatch, of, optimizer,
         assert counting == fresh["study"].eq(sweep).sum()
 
 
+def test_seeds_of_an_earlier_edge_do_not_steer_the_search_for_another(monkeypatch):
+    """The rate .3 and decay .3 were beyond an edge, with three seeds; now they are tried with one."""
+    accuracies = {
+        **{(0.03, 0.3): (80, 76, 76), (0.1, 0.3): (79, 80, 80), (0.3, 0.3): (78, 86, 86), (0.1, 1.0): (70, 70, 70)},
+        **{(0.3, 1.0): (80, 80, 80), (1.0, 1.0): (79.9, 82, 82), (3.0, 1.0): (90, 90, 90), (10.0, 1.0): (50, 50, 50)},
+    }
+
+    def score(one):
+        return accuracies.get((one.learning_rate, tuning.decay_of(one)), (60, 60, 60))[min(one.seed, 2)]
+
+    def choose(rows, rates, decay):
+        monkeypatch.setitem(tuning.FIRST_RATES, "sgdw", rates)
+        monkeypatch.setitem(tuning.FIRST_DECAY, "sgdw", decay)
+        rows = finish(rows, score, "own")
+        return rows, {(one.learning_rate, tuning.decay_of(one)) for one in planned("own", rows)}
+
+    for name, sweep in tuning.tuning("own", [tuning.Cell("sgdw", 500, nets=("NetA",), seeds=1)]).items():
+        monkeypatch.setitem(SWEEPS, name, sweep)
+    none = rows_of("own", [Experiment()])[:0]
+    earlier, chosen = choose(none, (0.01, 0.03, 0.1), 0.3)
+    assert chosen == {(0.3, 0.3)}
+    plans = [choose(rows, (0.03, 0.1, 0.3, 1.0), 1.0) for rows in (none, earlier)]
+    assert [chosen for _, chosen in plans] == [{(3.0, 1.0)}] * 2
+    fresh, again = ({*keys_of(sweeps.plan(rows)[1])} for rows, _ in plans)
+    assert fresh == again
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epochs": 400, "learning_rate": 0.02},
+        {"augment": "flip", "weight_decay": 0.3},
+        {"optimizer": "adamw", "learning_rate": 0.003, "momentum": 0.9},
+    ],
+)
+def test_the_longest_runs_are_of_the_setting_that_was_best(monkeypatch, change):
+    [best] = sweeps.experiments(["NetB"], 1, [sweeps.LONG | {"learning_rate": 0.03, "weight_decay": 0.1} | change])
+    monkeypatch.setattr(sweeps, "LONG_SETTINGS", [*sweeps.LONG_SETTINGS, sweeps.LONG_SETTINGS[0] | change])
+    rows = rows_of("long-tune", sweeps.long_tune(None), lambda one: 95 if one == best else 90)
+    assert [one for one in planned("long", rows) if one.net == "NetB"] == [replace(best, seed=n) for n in range(3)]
+
+
 def keys_of(rows):
     return rows[tuning.KEYS].itertuples(index=False, name=None)
 
@@ -163,9 +205,9 @@ def test_a_sweep_that_can_not_be_planned_is_named(monkeypatch):
     monkeypatch.setitem(SWEEPS, "groups", ("test", lambda rows: [one, one], None))
     with pytest.raises(ValueError, match=r"^sweep groups lists a run twice: Experiment\("):
         missing("groups", rows_of("groups", [one]))
-    rows = rows_of("long-tune", sweeps.long_tune(None), lambda one: None)
-    with pytest.raises(ValueError, match=r"^sweep long: "):
-        planned("long", rows)
+    rows = rows_of("batch-rate", sweeps.batch_rate(None), lambda one: None)
+    with pytest.raises(ValueError, match=r"^sweep batch-size: "):
+        planned("batch-size", rows)
 
 
 def test_runs_of_a_sweep_that_waits_do_not_count():
@@ -200,7 +242,6 @@ def test_a_file_that_another_program_saved_leaves_nothing_to_run(tmp_path, progr
     settings = list(Experiment().columns())
     texts = sweeps.read_texts()[settings]
     pd.testing.assert_frame_equal(sweeps.read_texts(path)[settings], texts)
-    pd.testing.assert_frame_equal(sweeps.as_texts(records.read_rows(path))[settings], texts)
 
 
 def test_a_whole_number_for_another_is_the_same_run(tmp_path):

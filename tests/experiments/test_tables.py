@@ -10,7 +10,7 @@ from scipy import stats
 
 from engine import records
 from engine.statistics import contrast
-from experiments import tables
+from experiments import sweeps, tables
 from experiments.tables import decimal_round, show
 
 ROWS = tables.read_results()
@@ -135,6 +135,21 @@ def test_tables_take_no_rows_of_an_earlier_plan(tmp_path, monkeypatch):
     assert set(ROWS["study"]) - set(rows["study"]) == {"part"}
     with pytest.raises(ValueError, match=r"^part has no finished runs; python -m experiments.run --dry-run says what"):
         tables.parts(rows)
+
+
+def test_tables_and_the_runner_agree_on_what_is_finished(tmp_path, monkeypatch):
+    """Also where a variant's texts look like numbers, which a table reads as such."""
+    whole = records.read_rows(tables.RESULTS / "runs.csv", texts=True)
+    layers = sweeps.layer(None)
+    monkeypatch.setitem(sweeps.SWEEPS, "layer", ("test", lambda rows: layers, None))
+    for number, one in enumerate(layers):
+        object.__setattr__(one, "convolution", str(number % 3))
+    first = whole[whole["study"] == "layer"].iloc[0].to_dict()
+    rows = pd.DataFrame([first | one.columns() for one in layers])
+    records.upsert(tmp_path / "runs.csv", pd.concat([whole[whole["study"] != "layer"], rows]))
+    assert sweeps.missing("layer", sweeps.read_texts(tmp_path / "runs.csv")) == []
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert (tables.read_results()["study"] == "layer").sum() == len(layers)
 
 
 def test_of_two_best_settings_that_which_was_tested_is_shown():

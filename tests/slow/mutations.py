@@ -459,8 +459,8 @@ MUTATIONS = [
     (
         "a norm frozen by eval is refused",
         "engine/trainer.py",
-        "            if net.training and not module.training:\n",
-        "            if False:\n",
+        "if module.training]:\n",
+        "if False]:\n",
         f"{TRAINER}::test_a_norm_that_was_frozen_by_eval_is_refused",
     ),
     (
@@ -511,6 +511,13 @@ MUTATIONS = [
         '    rows = rows[rows["study"].eq(rows.groupby([*KEYS, "seed"])["study"].transform("first"))]\n',
         "",
         f"{SWEEPS}::test_an_earlier_plan_of_tuning_changes_no_choice",
+    ),
+    (
+        "seeds of an earlier edge do not steer the search for another",
+        "experiments/tuning.py",
+        " if one not in set(map(key, own))}",
+        "}",
+        f"{SWEEPS}::test_seeds_of_an_earlier_edge_do_not_steer_the_search_for_another",
     ),
     (
         "runs on another split do not count",
