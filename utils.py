@@ -286,7 +286,8 @@ def save_runs(runs, data, folder):
     """
     folder, runs = Path(folder).expanduser(), sorted(runs, key=lambda one: one.row["seed"])
     results = folder / "results"
-    records.check_runs(runs, data, folder)
+    records.check_runs(runs, data)
+    records.check_folder(folder, runs[0].row, data)
     first, name, seeds = runs[0], runs[0].row["net"], [one.row["seed"] for one in runs]
     mistakes = mistakes_table(first, data)
     predictions = torch.stack([one.scores.predictions for one in runs]).numpy()

@@ -7,13 +7,15 @@ import functools
 import inspect
 import itertools
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import models
 
-SETTINGS = bool | int | float | str | tuple | list | None  # types of attributes that `held` compares by value
+SETTINGS = bool | int | float | str | tuple | list | np.generic | None  # types of attributes that `held` compares
+SET_ANEW = torch.Tensor | np.ndarray | dict  # of those it only sees set anew
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")  # of a module
 
 
@@ -39,8 +41,10 @@ def reason_against_copy(net):
     A copy, a CUDA graph and a checkpoint hold parameters and buffers; what else a net changes would be lost. These
     change nothing else: the classes of models.py, PyTorch's modules without buffers, and BatchNorm2d. Any other class
     must say ``state_in_buffers = True`` itself, since a subclass does not inherit it; CONTRIBUTING.md has what it
-    promises. Hooks, methods set on one module, and tensors that modules share are reasons against, too.
+    promises. Hooks, methods set on one module, tensors that modules share, and modules that are in a list or dict but
+    not in `net.modules` are reasons against, too.
     """
+    registered = set(net.modules())
     ours = models.Net, models.NetA, models.NetB, models.NetC, models.ScaleShift
     for name, module in net.named_modules():
         cls, name = type(module), name or "net"
@@ -51,6 +55,9 @@ def reason_against_copy(net):
             return f"{name} is a {cls.__name__}, which does not say state_in_buffers = True"
         if has_own_code(module):
             return f"{name} has a hook, is compiled, or has a method of its own"
+        for attribute, value in vars(module).items():
+            if not registered.issuperset(modules_in(value)):
+                return f"{name}.{attribute} holds a module that is not registered"
     first = {}
     for name, tensor in [*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False)]:
         if first.setdefault(tensor, name) != name:
@@ -58,6 +65,14 @@ def reason_against_copy(net):
         if tensor._backward_hooks or tensor._post_accumulate_grad_hooks:
             return f"{name} has a hook"
     return ""
+
+
+def modules_in(value):
+    """Return the modules that a value is, or that lists, tuples, sets and dicts in it hold."""
+    if isinstance(value, nn.Module):
+        return {value}
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
+    return set().union(*map(modules_in, items))
 
 
 def low_precision_copy(net, dtype):
@@ -73,7 +88,7 @@ def low_precision_copy(net, dtype):
             continue
         if type(module) is nn.BatchNorm2d or [*module.buffers(recurse=False)]:
             instead |= {one: one for one in (*module.modules(), *module.parameters(), *module.buffers())}
-        elif type(module) is nn.GroupNorm and module.bias is not None:
+        elif type(module) is nn.GroupNorm and module.weight is not None and module.bias is not None:
             instead |= {module: ChannelsLastGroupNorm(module), **{one: one for one in module.parameters()}}
     kept = set(instead.values())  # in float32
     try:
@@ -98,7 +113,9 @@ def held(net):
     """Return what a copy, a CUDA graph or the fused step of a net holds, beside the values of its tensors."""
 
     def settings(module):
-        return {name: value for name, value in vars(module).items() if isinstance(value, SETTINGS) or callable(value)}
+        own = vars(module).items()
+        by_value = {name: value for name, value in own if isinstance(value, SETTINGS) or callable(value)}
+        return by_value, {name: id(value) for name, value in own if isinstance(value, SET_ANEW)}
 
     tensors = [
         (id(one), one.data_ptr(), one.requires_grad, bool(one._backward_hooks or one._post_accumulate_grad_hooks))

@@ -1,6 +1,5 @@
 """The figures of `s8.ipynb`. Each function returns a Matplotlib figure, which the caller closes."""
 
-import itertools
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -45,8 +44,8 @@ def plot_curves(runs, data):
 
     Accuracy is solid for the test split, dotted for training. The last panel enlarges the last quarter of the epochs.
     """
-    for run in itertools.chain(*runs.values()):
-        records.check_tested(run, data)
+    for norm_runs in runs.values():
+        records.check_runs(norm_runs, data)
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
     counts = " or ".join(map(str, sorted(set(map(len, runs.values())))))
     figure.suptitle(title(f"Training, epoch by epoch, n = {counts}", data))
@@ -137,7 +136,10 @@ def plot_overlap(mistakes, data):
     figure, axis = plt.subplots(figsize=(8, 3), layout="constrained")
     colors = [COLORS[name.split()[0]] if name.endswith("only") else GRAY for name in counts.index]
     axis.bar_label(axis.barh(counts.index, counts, color=colors), padding=3)
-    axis.set(xlabel="test images", title=title("Test images by the norms that misclassify them", data))
+    axis.set(
+        xlabel=f"{data.split} images",
+        title=title(f"{data.split.capitalize()} images by the norms that misclassify them", data),
+    )
     axis.spines[["top", "right"]].set_visible(False)
     return figure
 

@@ -137,7 +137,7 @@ def check_writable(path):
     """Raise OSError, in one line, unless `path` could be saved now; change nothing."""
     check_path(path)
     try:
-        _check_writable(Path(os.path.realpath(path)))
+        _check_writable(Path(os.path.realpath(os.path.expanduser(path))))
     except OSError as error:
         raise OSError(f"{path} can't be written: {error}") from None
 
@@ -158,7 +158,8 @@ def read_bytes(path):
     """Return the bytes of a regular file, None when absent; raise OSError, without waiting, for a folder or a FIFO."""
     check_path(path)
     try:
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+        place = os.path.expanduser(path)
+        with open(place, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise OSError(f"{path} is no regular file")
             return file.read()

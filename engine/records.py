@@ -207,8 +207,8 @@ def check_folder(folder, row, data):
         raise ValueError(f"{results / 'runs.csv'} holds runs of {name!r}, not {row['dataset']!r}; name another folder")
 
 
-def check_runs(runs, data, folder):
-    """Raise ValueError unless the runs are of one net, each seed once, tested on `data`, and `folder` takes them."""
+def check_runs(runs, data):
+    """Raise ValueError unless the runs are of one net and setting, each seed once, and tested on `data`."""
     nets, seeds = ([one.row[column] for one in runs] for column in ("net", "seed"))
     if len(set(nets)) != 1 or len(set(seeds)) < len(seeds):
         raise ValueError(f"runs are of {nets} with seeds {seeds}; give runs of one net, each seed once")
@@ -216,7 +216,6 @@ def check_runs(runs, data, folder):
         raise ValueError(f"runs differ in {', '.join(mixed)}; give runs of one setting")
     for one in runs:
         check_tested(one, data)
-    check_folder(folder, runs[0].row, data)
 
 
 def check_tested(run, data):
@@ -380,24 +379,24 @@ def fingerprint(net, data, settings, track, precision=None):
     return described | _plain(asdict(settings))
 
 
-def attributes(net, seen=()):
+def attributes(net):
     """Describe the plain attributes of each module, as {name: text}: numbers, texts, arrays and what holds them."""
     return {
-        f"{path}.{name}": repr(_described(value, seen))
+        f"{path}.{name}": repr(_described(value))
         for path, module in net.named_modules()
         for name, value in sorted(vars(module).items())
         if name not in OF_ALL_MODULES and isinstance(value, PLAIN | ARRAYS | tuple | list | dict)
     }
 
 
-def _code(module, seen=()):
+def _code(module):
     """Describe a module's functions and, of its classes that are not torch's, methods and attributes."""
     own = {name: value for name, value in vars(module).items() if callable(value) and name not in OF_ALL_MODULES}
     found = [own | {"forward": module.forward}]
     for cls in type(module).__mro__:
         if cls.__module__.partition(".")[0] != "torch":
             found.append({name: value for name, value in vars(cls).items() if name[:2] != "__" or callable(value)})
-    return [(name, _described(value, seen)) for members in found for name, value in sorted(members.items())]
+    return [(name, _described(value)) for members in found for name, value in sorted(members.items())]
 
 
 def _described(value, seen=()):
@@ -416,8 +415,6 @@ def _described(value, seen=()):
         return str(value.dtype), _digest(value.tolist()) if value.ndim else repr(value.item())
     if isinstance(value, functools.partial | functools.partialmethod):
         return _described((value.func, value.args, *sorted(value.keywords.items())), seen)
-    if isinstance(value, torch.nn.Module) and value not in seen:  # in a list or dict
-        return attributes(value, (*seen, value)), [_code(module, (*seen, value)) for module in value.modules()]
     if isinstance(value, types.CodeType):
         return value.co_code, value.co_names, _described(value.co_consts, seen)
     if isinstance(value, types.MethodType | staticmethod | classmethod):

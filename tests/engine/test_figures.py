@@ -196,6 +196,8 @@ def test_runs_of_other_images_are_refused(small, runs):
             plot(runs, other)
     with pytest.raises(ValueError, match=r"^data are not what layer norm"):
         figures.plot_curves({"layer": [runs["layer"]]}, other)
+    with pytest.raises(ValueError, match=r"with seeds \[7, 7\]; give runs of one net, each seed once$"):
+        figures.plot_curves({"layer": [runs["layer"]] * 2}, small)
 
 
 def test_overlap_has_the_largest_bar_on_top(small):

@@ -7,6 +7,7 @@ import types
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -183,6 +184,8 @@ CHANGES = {
     "a module": lambda net: setattr(net.C4, "activation", nn.ReLU()),
     "one more": lambda net: net.C10.add_module("dropout", nn.Dropout(0.5)),
     "a setting": lambda net: setattr(net.C1.norm, "eps", 0.1),
+    "a setting that is a tensor": lambda net: setattr(net.P1, "divisor_override", torch.tensor(1)),
+    "a setting of NumPy": lambda net: setattr(net.C1.norm, "eps", np.float32(0.1)),
     "a setting that is not shown": lambda net: setattr(net.P1, "divisor_override", 1),
     "a method": lambda net: setattr(net.C1.norm, "forward", lambda x: 0.1 * x),
     "a hook": lambda net: net.C1.register_forward_hook(lambda *_: None),
@@ -599,6 +602,20 @@ def pull_to(weight):
     return lambda module, inputs, output: output + weight.mean()
 
 
+class Unregistered(models.ScaleShift):
+    """Says that its state is in its buffers, but has a part that PyTorch doesn't know."""
+
+    state_in_buffers = True
+
+    def __init__(self, part):
+        super().__init__(8)
+        self.parts = [part]
+
+    def forward(self, x):
+        part = self.parts[0]
+        return super().forward((part["conv"] if isinstance(part, dict) else part)(x))
+
+
 OWN_CODE = {  # what a user may do to a net, by name; each is called with a NetB
     "an attribute that counts": lambda net: setattr(net.C5, "activation", Counting()),
     "a running mean that is no buffer": lambda net: setattr(net.C5, "norm", Centered(8)),
@@ -610,6 +627,10 @@ OWN_CODE = {  # what a user may do to a net, by name; each is called with a NetB
     "a hook that computes with a weight": lambda net: net.C5.conv.register_forward_hook(pull_to(net.c11.weight)),
     "a method of one module": lambda net: setattr(
         net.C5.norm, "forward", lambda x: x * net.C5.norm.weight[0] - net.C5.norm.bias[1]
+    ),
+    "a norm in a list": lambda net: setattr(net.C5, "norm", Unregistered(nn.BatchNorm2d(8, affine=False))),
+    "a layer in a dict": lambda net: setattr(
+        net.C5, "norm", Unregistered({"conv": nn.Conv2d(8, 8, 1).requires_grad_(False)})
     ),
     "pruned weights": lambda net: prune.l1_unstructured(net.C5.conv, "weight", 0.5),
     "weights of a weight norm": lambda net: nn.utils.parametrizations.weight_norm(net.C5.conv),
