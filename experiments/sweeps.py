@@ -376,8 +376,12 @@ def experiments_of(sweep, function, rows):
         found = function(rows)
     except ValueError as error:
         raise ValueError(f"sweep {sweep}: {error}") from None
-    if len(set(found)) < len(found):
-        raise ValueError(f"sweep {sweep} lists a run twice: {next(one for one in found if found.count(one) > 1)}")
+    seen = set()
+    for one in found:
+        columns = tuple(one.columns().values())
+        if columns in seen:
+            raise ValueError(f"sweep {sweep} lists a run twice: {one}")
+        seen.add(columns)
     return found
 
 

@@ -201,8 +201,8 @@ def test_runs_on_another_split_do_not_count(monkeypatch):
 
 
 def test_a_sweep_that_can_not_be_planned_is_named(monkeypatch):
-    one = Experiment()
-    monkeypatch.setitem(SWEEPS, "groups", ("test", lambda rows: [one, one], None))
+    one = Experiment(net="NetC")
+    monkeypatch.setitem(SWEEPS, "groups", ("test", lambda rows: [one, replace(one, groups=4)], None))
     with pytest.raises(ValueError, match=r"^sweep groups lists a run twice: Experiment\("):
         missing("groups", rows_of("groups", [one]))
     rows = rows_of("batch-rate", sweeps.batch_rate(None), lambda one: None)
