@@ -15,7 +15,6 @@ from torch import nn
 import models
 
 SETTINGS = bool | int | float | str | tuple | list | np.generic | None  # types of attributes that `held` compares
-SET_ANEW = torch.Tensor | np.ndarray | dict  # of those it only sees set anew
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")  # of a module
 
 
@@ -113,9 +112,7 @@ def held(net):
     """Return what a copy, a CUDA graph or the fused step of a net holds, beside the values of its tensors."""
 
     def settings(module):
-        own = vars(module).items()
-        by_value = {name: value for name, value in own if isinstance(value, SETTINGS) or callable(value)}
-        return by_value, {name: id(value) for name, value in own if isinstance(value, SET_ANEW)}
+        return {name: value for name, value in vars(module).items() if isinstance(value, SETTINGS) or callable(value)}
 
     tensors = [
         (id(one), one.data_ptr(), one.requires_grad, bool(one._backward_hooks or one._post_accumulate_grad_hooks))

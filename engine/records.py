@@ -381,12 +381,24 @@ def fingerprint(net, data, settings, track, precision=None):
 
 def attributes(net):
     """Describe the plain attributes of each module, as {name: text}: numbers, texts, arrays and what holds them."""
+    names = {id(one): name for name, one in [*net.named_modules(), *net.named_parameters(), *net.named_buffers()]}
     return {
-        f"{path}.{name}": repr(_described(value))
+        f"{path}.{name}": repr(_described(_with_names(value, names)))
         for path, module in net.named_modules()
         for name, value in sorted(vars(module).items())
         if name not in OF_ALL_MODULES and isinstance(value, PLAIN | ARRAYS | tuple | list | dict)
     }
+
+
+def _with_names(value, names):
+    """Put names in place of what a value, or a list, tuple or dict in it, holds of the net; names by id."""
+    if id(value) in names:
+        return f"the net's {names[id(value)]}"
+    if isinstance(value, list | tuple):
+        return [type(value).__name__, *(_with_names(item, names) for item in value)]
+    if isinstance(value, dict):
+        return {key: _with_names(item, names) for key, item in value.items()}
+    return value
 
 
 def _code(module):

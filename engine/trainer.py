@@ -60,6 +60,13 @@ def with_state(optimizer, *names):
     return optimizer
 
 
+def with_strides(tensor, strides):
+    """Return a tensor with these strides, itself where it has them: fused optimizers on CPUs take memory as it lies."""
+    if all(own == other for own, other, size in zip(tensor.stride(), strides, tensor.shape, strict=True) if size > 1):
+        return tensor
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
 # Decay is decoupled but in sgd, where it is an L2 term in the gradient. All parameters have one learning rate but in
 # muon, where scales, shifts and c11 have ten times as much.
 OPTIMIZERS = {
@@ -172,6 +179,9 @@ class Trainer:
                 frozen[name].training = False
             raise ValueError(f"{thawed[0]} is in eval mode, which training would end; call net.train() first")
         net.to(device, memory_format=torch.channels_last)
+        for p in net.parameters():  # a slice of another tensor gets memory of its own
+            p.data = with_strides(p.data, torch.empty_like(p).stride())
+        self.strides = [p.stride() for p in net.parameters()]
         as_it_is = bool(reason := fast.reason_against_copy(net))
         if as_it_is:
             print_once(f"training in float32, step by step: {reason}")
@@ -295,8 +305,10 @@ class Trainer:
         gradients = [gradient.float() for gradient in gradients]
         torch._amp_foreach_non_finite_check_and_unscale_(gradients, self.diverged, self.unscale)
         self.lr.copy_(self.learning_rates.index_select(0, self.global_step)[0])
-        for parameter, gradient in zip(self.net.parameters(), gradients, strict=True):
-            parameter.grad = gradient
+        for parameter, gradient, strides in zip(self.net.parameters(), gradients, self.strides, strict=True):
+            if self.model is self.net:  # which may have changed
+                parameter.data = with_strides(parameter.data, strides)
+            parameter.grad = with_strides(gradient, strides)
         self.optimizer.step()
         with torch.no_grad():
             self.metric_sums += torch.stack([loss, accuracy])

@@ -705,6 +705,16 @@ def decorated(forward):
     return call
 
 
+def in_order(path, name=None):
+    """A block whose dict names its layers, or a parameter of each, in another order."""
+    torch.manual_seed(0)
+    block = Block()
+    block.layers = nn.ModuleList(nn.GroupNorm(2, 4) for _ in range(2))
+    layers = [block.layers[number] for number in path]
+    block.used = {"path": [getattr(layer, name) if name else layer for layer in layers]}
+    return block
+
+
 SEEN = {  # pairs of blocks, with the same weights and repr, that compute something else
     "a constant tuple": [
         subclass(forward=lambda self, x: x.permute((0, 1, 2, 3))),
@@ -732,6 +742,8 @@ SEEN = {  # pairs of blocks, with the same weights and repr, that compute someth
     "a closure": [subclass(curve=scaled(2)), subclass(curve=scaled(3))],
     "an attribute of the class": [subclass(power=2), subclass(power=3)],
     "a class between": [subclass(), subclass(type(subclass(curve=lambda self, x: x)))],
+    "another order of its layers": [in_order(path) for path in ((0, 1), (1, 0))],
+    "another order of its parameters": [in_order(path, "weight") for path in ((0, 1), (1, 0))],
     "a number": [Block(), with_attribute("factor", 3.0)],
     "a text": [with_attribute("mode", "a"), with_attribute("mode", "b")],
     "a switch": [with_attribute("mode", True), with_attribute("mode", 1)],

@@ -184,7 +184,6 @@ CHANGES = {
     "a module": lambda net: setattr(net.C4, "activation", nn.ReLU()),
     "one more": lambda net: net.C10.add_module("dropout", nn.Dropout(0.5)),
     "a setting": lambda net: setattr(net.C1.norm, "eps", 0.1),
-    "a setting that is a tensor": lambda net: setattr(net.P1, "divisor_override", torch.tensor(1)),
     "a setting of NumPy": lambda net: setattr(net.C1.norm, "eps", np.float32(0.1)),
     "a setting that is not shown": lambda net: setattr(net.P1, "divisor_override", 1),
     "a method": lambda net: setattr(net.C1.norm, "forward", lambda x: 0.1 * x),
@@ -616,6 +615,11 @@ class Unregistered(models.ScaleShift):
         return super().forward((part["conv"] if isinstance(part, dict) else part)(x))
 
 
+def centralize(weight):
+    gradient = weight.grad.flatten(1)
+    weight.grad = (gradient - gradient.mean(1, keepdim=True)).view(weight.shape)
+
+
 OWN_CODE = {  # what a user may do to a net, by name; each is called with a NetB
     "an attribute that counts": lambda net: setattr(net.C5, "activation", Counting()),
     "a running mean that is no buffer": lambda net: setattr(net.C5, "norm", Centered(8)),
@@ -624,6 +628,9 @@ OWN_CODE = {  # what a user may do to a net, by name; each is called with a NetB
     "a gradient that backward clips": lambda net: setattr(net.C5, "norm", ClippedGradients()),
     "a hook that clips a gradient": lambda net: net.C5.conv.register_full_backward_hook(clip_weight),
     "a hook of a parameter": lambda net: net.c11.weight.register_hook(lambda gradient: gradient.clamp(-0.01, 0.01)),
+    "a hook that sets a gradient in another layout": lambda net: net.C5.conv.weight.register_post_accumulate_grad_hook(
+        centralize
+    ),
     "a hook that computes with a weight": lambda net: net.C5.conv.register_forward_hook(pull_to(net.c11.weight)),
     "a method of one module": lambda net: setattr(
         net.C5.norm, "forward", lambda x: x * net.C5.norm.weight[0] - net.C5.norm.bias[1]
@@ -671,6 +678,26 @@ def test_a_net_with_code_of_its_own_trains_as_in_a_plain_loop(small, monkeypatch
     for name in ("calls", "mean"):
         for first, second in zip(net.modules(), plain.modules(), strict=True):
             torch.testing.assert_close(vars(first).get(name), vars(second).get(name))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "sgdw", "adamw", "muon"])
+def test_the_layout_of_weights_in_memory_changes_nothing(small, optimizer):
+    """Neither weights set between epochs in another layout nor a parameter that is a slice of a tensor."""
+    settings = Settings(optimizer=optimizer, learning_rate=0.01, momentum=0.9, epochs=2, batch_size=100)
+    found, source = [], torch.linspace(0.5, 1.5, 16)
+    for other in (False, True):
+        net = utils.build("NetA", settings, widths=NARROW)
+        net.C1.register_forward_hook(lambda *_: None)  # so that it trains as it is
+        net.C1.norm.weight = nn.Parameter(source[::2] if other else source[::2].clone())
+        trainer = Trainer(net, small, settings)
+        for _ in range(2):
+            run_epoch(trainer)
+            if other:
+                values = torch.cat([p.detach().flatten() for p in net.parameters()])
+                nn.utils.vector_to_parameters(values, net.parameters())
+        found.append(weights(net))
+    assert torch.equal(*found)
+    assert torch.equal(source, torch.linspace(0.5, 1.5, 16))
 
 
 def declared(cls, *arguments):

@@ -457,6 +457,13 @@ MUTATIONS = [
         f"{TRAINER}::test_a_net_that_changes_in_more_than_weights_is_refused_before_an_epoch",
     ),
     (
+        "the layout of weights in memory changes nothing",
+        "engine/trainer.py",
+        "strides, tensor.shape, strict=True) if size > 1)",
+        "tensor.stride(), tensor.shape, strict=True))",
+        f"{TRAINER}::test_the_layout_of_weights_in_memory_changes_nothing",
+    ),
+    (
         "a norm frozen by eval is refused",
         "engine/trainer.py",
         "if module.training]:\n",
