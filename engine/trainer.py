@@ -62,6 +62,8 @@ def with_state(optimizer, *names):
 
 def with_strides(tensor, strides):
     """Return a tensor with these strides, itself where it has them: fused optimizers on CPUs take memory as it lies."""
+    if tensor.stride() == strides:
+        return tensor
     if all(own == other for own, other, size in zip(tensor.stride(), strides, tensor.shape, strict=True) if size > 1):
         return tensor
     return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
@@ -306,7 +308,7 @@ class Trainer:
         torch._amp_foreach_non_finite_check_and_unscale_(gradients, self.diverged, self.unscale)
         self.lr.copy_(self.learning_rates.index_select(0, self.global_step)[0])
         for parameter, gradient, strides in zip(self.net.parameters(), gradients, self.strides, strict=True):
-            if self.model is self.net:  # which may have changed
+            if self.model is self.net and parameter.stride() != strides:  # it may have changed
                 parameter.data = with_strides(parameter.data, strides)
             parameter.grad = with_strides(gradient, strides)
         self.optimizer.step()
