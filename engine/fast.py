@@ -6,6 +6,7 @@ import ctypes
 import functools
 import inspect
 import itertools
+import pickle
 
 import numpy as np
 import torch
@@ -92,7 +93,7 @@ def low_precision_copy(net, dtype):
     kept = set(instead.values())  # in float32
     try:
         copied = copy.deepcopy(net, {id(one): other for one, other in instead.items()})
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, pickle.PickleError) as error:
         raise ValueError(f"net can't be copied: {str(error).splitlines()[0]}; remove what can't") from None
     for module in set(copied.modules()) - kept:
         for parameter in module.parameters(recurse=False):

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import io
 import itertools
+import operator
 import os
 import re
 import subprocess
@@ -397,7 +398,7 @@ def _with_names(value, names):
     if isinstance(value, list | tuple):
         return [type(value).__name__, *(_with_names(item, names) for item in value)]
     if isinstance(value, dict):
-        return {key: _with_names(item, names) for key, item in value.items()}
+        return [[_with_names(part, names) for part in pair] for pair in value.items()]
     return value
 
 
@@ -442,8 +443,11 @@ def _described(value, seen=()):
         cells = [cell.cell_contents for cell in value.__closure__ or () if cell != empty]
         defaults = (value.__defaults__, *sorted((value.__kwdefaults__ or {}).items()))
         return _described((value.__code__, defaults, *cells), (*seen, value))
-    named = isinstance(value, type | types.FunctionType | types.BuiltinFunctionType)
-    return (value if named else type(value)).__qualname__
+    if isinstance(value, operator.methodcaller | operator.itemgetter | operator.attrgetter):
+        return _described(value.__reduce__(), seen)
+    if isinstance(value, type | types.FunctionType | types.BuiltinFunctionType | types.MethodDescriptorType):
+        return value.__qualname__
+    return f"{type(value).__qualname__} {getattr(value, '__name__', '')}"  # such as a ufunc of NumPy
 
 
 def _plain(value):

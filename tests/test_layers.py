@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "engine.data": ("models", "engine.download"),
     "engine.trainer": ("models", "engine.data", "engine.muon", "engine.fast", "engine.records", "engine.kernels"),
     "engine.probe": ("models", "engine.data"),
-    "engine.figures": ("models", "engine.data", "engine.probe", "engine.files"),
+    "engine.figures": ("models", "engine.data", "engine.probe", "engine.files", "engine.records"),
     "utils": ("models", *ENGINE, "engine.figures"),
     "experiments": ("models", *ENGINE, "engine.figures", "utils", "experiments", "hubconf"),
     "hubconf": ("models",),

@@ -5,6 +5,7 @@ import errno
 import functools
 import io
 import itertools
+import operator
 import os
 import pickle
 import random
@@ -715,6 +716,12 @@ def in_order(path, name=None):
     return block
 
 
+def keyed_by(number):
+    block = in_order((0, 1))
+    block.used = {block.layers[number]: 2}
+    return block
+
+
 SEEN = {  # pairs of blocks, with the same weights and repr, that compute something else
     "a constant tuple": [
         subclass(forward=lambda self, x: x.permute((0, 1, 2, 3))),
@@ -742,6 +749,13 @@ SEEN = {  # pairs of blocks, with the same weights and repr, that compute someth
     "a closure": [subclass(curve=scaled(2)), subclass(curve=scaled(3))],
     "an attribute of the class": [subclass(power=2), subclass(power=3)],
     "a class between": [subclass(), subclass(type(subclass(curve=lambda self, x: x)))],
+    "a method of tensors": [with_attribute("f", f) for f in (torch.Tensor.tanh, torch.Tensor.relu)],
+    "a method of tensors in a dict": [with_attribute("f", {"f": f}) for f in (torch.Tensor.tanh, torch.Tensor.relu)],
+    "a method of tensors of the class": [subclass(f=f) for f in (torch.Tensor.tanh, torch.Tensor.relu)],
+    "an operator of torch": [with_attribute("f", [f]) for f in (torch.ops.aten.tanh, torch.ops.aten.relu)],
+    "a method by name": [with_attribute("f", [operator.methodcaller(name)]) for name in ("tanh", "relu")],
+    "a function of NumPy": [with_attribute("f", [f]) for f in (np.tanh, np.sinh)],
+    "a dict with its layers as keys": [keyed_by(number) for number in (0, 1)],
     "another order of its layers": [in_order(path) for path in ((0, 1), (1, 0))],
     "another order of its parameters": [in_order(path, "weight") for path in ((0, 1), (1, 0))],
     "a number": [Block(), with_attribute("factor", 3.0)],
