@@ -13,7 +13,9 @@ import operator
 import os
 import re
 import subprocess
+import sys
 import types
+import weakref
 import zipfile
 from dataclasses import asdict
 from decimal import Decimal
@@ -39,8 +41,8 @@ NON_KEY_COLUMNS |= {"device", "torch", "commit", "status", "precision", "step"}
 # Columns whose values are texts, whatever they look like: a study "1.10" is not "1.1", and 1234e56 is a commit.
 TEXTS = ("study", "dataset", "net", "norm", "commit")
 OF_ALL_MODULES = set(vars(torch.nn.Module()))
-PLAIN = bool | int | float | complex | str | bytes | torch.dtype | slice | types.NoneType
-ARRAYS = torch.Tensor | np.ndarray | np.generic
+PLAIN = bool | int | float | complex | str | bytes | slice | range | types.NoneType | types.EllipsisType
+PLAIN |= torch.dtype | torch.device | torch.layout | torch.memory_format
 _commit = None  # see set_commit
 
 
@@ -354,8 +356,8 @@ def weights_hash(state_dict):
 def fingerprint(net, data, settings, track, precision=None):
     """Return, as numbers and texts, what must be the same for a run to be the same; `net` is not yet trained.
 
-    It can't see functions, globals and objects outside the net's classes, nor what is swapped at run time. ValueError
-    for a buffer that a checkpoint would not hold.
+    It can't see functions and globals outside the net's classes, nor what is swapped at run time. ValueError for a
+    buffer that a checkpoint would not hold, and what `attributes` raises.
     """
     device, weights = data.images.device, net.state_dict()
     for name in (name for name, _ in net.named_buffers() if name not in weights):
@@ -363,8 +365,8 @@ def fingerprint(net, data, settings, track, precision=None):
         raise ValueError(f"the net's buffer {name} would not be in the checkpoint; {advice}")
     described = {  # each of two words, which no setting can be called
         "net's modules": re.sub(r" at 0x[0-9a-fA-F]+", "", repr(net)),
-        "net's attributes": "\n".join(f"{name} {value}" for name, value in attributes(net).items()),
-        "training code": _digest((CODE, [_code(module) for module in net.modules()])),
+        "net's attributes": "\n".join(attributes(net)),
+        "training code": _digest(CODE),
         "torch version": str(torch.__version__),
         "device name": device_name(device),
         "number format": str(precision),
@@ -381,73 +383,104 @@ def fingerprint(net, data, settings, track, precision=None):
 
 
 def attributes(net):
-    """Describe the plain attributes of each module, as {name: text}: numbers, texts, arrays and what holds them."""
-    names = {id(one): name for name, one in [*net.named_modules(), *net.named_parameters(), *net.named_buffers()]}
-    return {
-        f"{path}.{name}": repr(_described(_with_names(value, names)))
-        for path, module in net.named_modules()
-        for name, value in sorted(vars(module).items())
-        if name not in OF_ALL_MODULES and isinstance(value, PLAIN | ARRAYS | tuple | list | dict)
-    }
+    """List what each module, and each class of one that is not torch's, has as attributes, as lines of text.
+
+    ValueError for an attribute of which `_described` can't tell all that it may compute from.
+    """
+    names = {id(one): f"the net's {name}" for name, one in [*net.named_buffers(), *net.named_parameters()]}
+    names |= {id(module): f"the net's {name}" for name, module in net.named_modules()}
+    lines = []
+    for path, module in net.named_modules():
+        classes = [cls for cls in type(module).__mro__ if not _is_library(cls.__module__)]
+        members = [(f"{path}'s classes", classes), (f"{path}.forward", module.forward)]
+        for cls in (cls for cls in classes if id(cls) not in names):
+            names[id(cls)] = f"{cls.__qualname__} {len(names)}"
+            members += [(f"{cls.__qualname__}.{name}", value) for name, value in _members(cls)]
+        own = {name: value for name, value in vars(module).items() if name not in OF_ALL_MODULES}
+        for name, value in [*members, *((f"{path}.{name}", value) for name, value in sorted(own.items()))]:
+            try:
+                lines.append(f"{name} {_described(value, names)!r}")
+            except (RuntimeError, TypeError) as error:  # RuntimeError: a tensor without values
+                reason = str(error).partition("\n")[0]
+                advice = "use numbers, texts, tensors, functions, and lists or dicts of them, or train without one"
+                raise ValueError(f"a checkpoint can't tell what {name} is ({reason}); {advice}") from None
+    return lines
 
 
-def _with_names(value, names):
-    """Put names in place of what a value, or a list, tuple or dict in it, holds of the net; names by id."""
+def _members(cls):
+    return [
+        (name, value)
+        for name, value in sorted(vars(cls).items())
+        if (name[:2] != "__" or callable(value)) and name != "_abc_impl"
+    ]
+
+
+def _is_library(module):
+    """Return whether a module, by name, is torch's, NumPy's or Python's own, which the version of torch stands for."""
+    return module.partition(".")[0] in {"torch", "numpy", *sys.stdlib_module_names} - {"__main__"}
+
+
+def _described(value, names):
+    """Return what an attribute is, the same in each process: without addresses and the order of sets.
+
+    names  {id: name} of what has one: of the net's modules and tensors; those of functions are added
+
+    TypeError for what may compute from more than is told, such as an object of one's own class.
+    """
+    again = functools.partial(_described, names=names)
     if id(value) in names:
-        return f"the net's {names[id(value)]}"
-    if isinstance(value, list | tuple):
-        return [type(value).__name__, *(_with_names(item, names) for item in value)]
-    if isinstance(value, dict):
-        return [[_with_names(part, names) for part in pair] for pair in value.items()]
-    return value
-
-
-def _code(module):
-    """Describe a module's functions and, of its classes that are not torch's, methods and attributes."""
-    own = {name: value for name, value in vars(module).items() if callable(value) and name not in OF_ALL_MODULES}
-    found = [own | {"forward": module.forward}]
-    for cls in type(module).__mro__:
-        if cls.__module__.partition(".")[0] != "torch":
-            found.append({name: value for name, value in vars(cls).items() if name[:2] != "__" or callable(value)})
-    return [(name, _described(value)) for members in found for name, value in sorted(members.items())]
-
-
-def _described(value, seen=()):
-    """Return what a constant or function is, the same in each process: without addresses and the order of sets."""
+        return names[id(value)]
+    if not _is_library(type(value).__module__):
+        raise TypeError(f"a {type(value).__qualname__}")
     if isinstance(value, PLAIN):
         return value
     if isinstance(value, tuple | list):
-        return type(value).__name__, [_described(item, seen) for item in value]
+        return type(value).__name__, [*map(again, value)]
     if isinstance(value, dict):
-        return [(_described(key, seen), _described(item, seen)) for key, item in value.items()]
-    if isinstance(value, frozenset):
-        return sorted(repr(_described(item, seen)) for item in value)
+        return type(value).__name__, [(again(key), again(item)) for key, item in value.items()]
+    if isinstance(value, set | frozenset):
+        return sorted(repr(again(item)) for item in value)
     if isinstance(value, torch.Tensor):
         return data_hash(value.to_dense())
     if isinstance(value, np.ndarray | np.generic):
-        return str(value.dtype), _digest(value.tolist()) if value.ndim else repr(value.item())
+        return str(value.dtype), _digest(again(value.tolist())) if value.ndim else repr(value.item())
     if isinstance(value, functools.partial | functools.partialmethod):
-        return _described((value.func, value.args, *sorted(value.keywords.items())), seen)
-    if isinstance(value, types.CodeType):
-        return value.co_code, value.co_names, _described(value.co_consts, seen)
-    if isinstance(value, types.MethodType | staticmethod | classmethod):
-        value = value.__func__
-    if isinstance(value, functools.cached_property | functools.singledispatchmethod):
-        value = value.func
+        return again((value.func, value.args, value.keywords))
+    if isinstance(value, staticmethod | classmethod):
+        return again(value.__func__)
+    if isinstance(value, types.MethodType):
+        return again((value.__func__, value.__self__))
+    if isinstance(value, functools.cached_property):
+        return again(value.func)
     if isinstance(value, functools._lru_cache_wrapper):
-        value = value.__wrapped__
+        return again(value.__wrapped__)
+    if isinstance(value, weakref.ref):
+        return again(value())
     if isinstance(value, property):
-        return _described((value.fget, value.fset), seen)
-    if isinstance(value, types.FunctionType) and value not in seen:
+        return again((value.fget, value.fset))
+    if isinstance(value, types.CodeType):
+        return value.co_code, value.co_exceptiontable, value.co_names, again(value.co_consts)
+    if isinstance(value, types.FunctionType):
+        names[id(value)] = f"{value.__qualname__} {len(names)}"
         empty = types.CellType()
         cells = [cell.cell_contents for cell in value.__closure__ or () if cell != empty]
-        defaults = (value.__defaults__, *sorted((value.__kwdefaults__ or {}).items()))
-        return _described((value.__code__, defaults, *cells), (*seen, value))
+        parts = value.__code__, value.__defaults__, value.__kwdefaults__, cells
+        return value.__qualname__, _digest(again(parts))
     if isinstance(value, operator.methodcaller | operator.itemgetter | operator.attrgetter):
-        return _described(value.__reduce__(), seen)
-    if isinstance(value, type | types.FunctionType | types.BuiltinFunctionType | types.MethodDescriptorType):
-        return value.__qualname__
-    return f"{type(value).__qualname__} {getattr(value, '__name__', '')}"  # such as a ufunc of NumPy
+        return again(value.__reduce__())
+    if isinstance(value, types.BuiltinFunctionType):
+        return value.__qualname__, again(value.__self__)
+    if isinstance(value, types.MethodDescriptorType | types.WrapperDescriptorType):
+        return value.__qualname__, again(value.__objclass__)
+    if isinstance(value, np.ufunc) or (isinstance(value, types.ModuleType) and _is_library(value.__name__)):
+        return value.__name__
+    if isinstance(value, torch._ops.OpOverloadPacket | torch._ops.OpOverload):
+        return str(value)
+    if isinstance(value, torch.no_grad | torch.enable_grad):  # in a decorated function
+        return type(value).__qualname__
+    if isinstance(value, type) and _is_library(value.__module__):
+        return f"{value.__module__}.{value.__qualname__}"
+    raise TypeError(f"the class {value.__qualname__}" if isinstance(value, type) else f"a {type(value).__qualname__}")
 
 
 def _plain(value):

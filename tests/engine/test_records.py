@@ -658,7 +658,7 @@ def test_modules_of_one_name_that_compute_something_else_are_told_apart():
         net = altered_net("NetA", lambda block, make=activation: block.set_submodule("activation", make()))
         prints.append(records.fingerprint(net, DATA, SETTINGS, True))
     assert len({one["net's modules"] for one in prints}) == 1
-    assert len({one["training code"] for one in prints}) == 4
+    assert len({one["net's attributes"] for one in prints}) == 4
 
 
 class Block(nn.Module):
@@ -722,6 +722,22 @@ def keyed_by(number):
     return block
 
 
+def caught_early(self, x):
+    try:
+        y = int(x)
+    except ValueError:
+        return 0
+    return y + 1
+
+
+def caught_late(self, x):
+    try:
+        y = int(x)
+        return y + 1
+    except ValueError:
+        return 0
+
+
 SEEN = {  # pairs of blocks, with the same weights and repr, that compute something else
     "a constant tuple": [
         subclass(forward=lambda self, x: x.permute((0, 1, 2, 3))),
@@ -741,7 +757,6 @@ SEEN = {  # pairs of blocks, with the same weights and repr, that compute someth
     "a cached method": [subclass(curve=functools.cache(f)) for f in (lambda self: 2, lambda self: 3)],
     "a cached static method": [subclass(curve=staticmethod(functools.cache(f))) for f in (lambda: 2, lambda: 3)],
     "a partial method": [subclass(curve=functools.partialmethod(Block.curve, power=n)) for n in (2, 3)],
-    "a dispatched method": [subclass(curve=functools.singledispatchmethod(f)) for f in (lambda s: 2, lambda s: 3)],
     "a decorated method": [
         subclass(curve=decorated(lambda self, x: 2 * x)),
         subclass(curve=decorated(lambda self, x: 3 * x)),
@@ -752,6 +767,13 @@ SEEN = {  # pairs of blocks, with the same weights and repr, that compute someth
     "a method of tensors": [with_attribute("f", f) for f in (torch.Tensor.tanh, torch.Tensor.relu)],
     "a method of tensors in a dict": [with_attribute("f", {"f": f}) for f in (torch.Tensor.tanh, torch.Tensor.relu)],
     "a method of tensors of the class": [subclass(f=f) for f in (torch.Tensor.tanh, torch.Tensor.relu)],
+    "another method of a tensor": [with_attribute("f", [getattr(torch.ones(1), f)]) for f in ("tanh", "relu")],
+    "a method of a tensor": [with_attribute("f", [torch.tensor(n).add]) for n in (1, 2)],
+    "what an error is caught by": [subclass(curve=f) for f in (caught_early, caught_late)],
+    "a class attribute with a class of torch": [subclass(make=cls) for cls in (nn.ReLU, nn.SiLU)],
+    "a device": [with_attribute("device", torch.device(name)) for name in ("cpu", "meta")],
+    "a range": [with_attribute("steps", range(n)) for n in (2, 3)],
+    "a set": [with_attribute("steps", {n}) for n in (2, 3)],
     "an operator of torch": [with_attribute("f", [f]) for f in (torch.ops.aten.tanh, torch.ops.aten.relu)],
     "a method by name": [with_attribute("f", [operator.methodcaller(name)]) for name in ("tanh", "relu")],
     "a function of NumPy": [with_attribute("f", [f]) for f in (np.tanh, np.sinh)],
@@ -786,6 +808,71 @@ def test_blocks_that_compute_something_else_are_told_apart(difference):
     first, second = SEEN[difference]
     assert repr(first) == repr(second)
     assert fingerprint_of(first) != fingerprint_of(second)
+
+
+class Own:
+    """An object that isn't in the net."""
+
+    factor = 2
+
+    def __call__(self, x):
+        return self.factor * x
+
+
+class Items(list):
+    pass
+
+
+def cell(value):
+    return lambda self, x: value(x)
+
+
+NOT_SEEN = {  # what computes from more than can be told
+    "an object": (lambda: with_attribute("f", Own()), "C1.activation.f", "a Own"),
+    "an object in lists": (lambda: with_attribute("f", [{"a": (Own(),)}]), "C1.activation.f", "a Own"),
+    "its method": (lambda: with_attribute("f", Own().__call__), "C1.activation.f", "a Own"),
+    "a class": (lambda: with_attribute("f", Own), "C1.activation.f", "the class Own"),
+    "a namespace": (lambda: with_attribute("f", SimpleNamespace(a=1)), "C1.activation.f", "a SimpleNamespace"),
+    "a list of its own class": (lambda: with_attribute("f", Items([1])), "C1.activation.f", "a Items"),
+    "a module": (lambda: subclass(f=utils), "Block.f", "a module"),
+    "objects in an array": (lambda: with_attribute("f", np.array([Own()])), "C1.activation.f", "a Own"),
+    "a tensor without values": (lambda: with_attribute("f", torch.ones(2, device="meta")), "C1.activation.f", ""),
+    "an object in a closure": (lambda: subclass(curve=cell(Own())), "Block.curve", "a Own"),
+    "an object as a default": (lambda: subclass(curve=lambda self, x, f=Own: x), "Block.curve", "the class Own"),
+    "an object of the class": (lambda: subclass(f=Own()), "Block.f", "a Own"),
+    "a class in the class": (lambda: subclass(Own=Own), "Block.Own", "the class Own"),
+    "a dispatched method": (lambda: subclass(f=functools.singledispatchmethod(len)), "Block.f", "a singledispatch"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_SEEN)
+def test_a_net_with_attributes_that_a_fingerprint_cannot_tell_takes_no_checkpoint(tmp_path, kind):
+    make, name, reason = NOT_SEEN[kind]
+    net = utils.build("NetA", SETTINGS)
+    net.C1.activation = make()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    message = f"a checkpoint can't tell what {name} is ({reason}"
+    refused(lambda: trained(tmp_path / "run.pt", net), ValueError, message, "use numbers, texts, tensors, functions")
+    assert same(net.state_dict(), before)
+    assert not list(tmp_path.iterdir())
+    trained(None, net, settings=replace(SETTINGS, epochs=1))
+    assert not same(net.state_dict(), before)
+
+
+def test_all_modules_of_torch_have_a_fingerprint():
+    """Those that are built by one or two numbers, and are not lazy."""
+    torch.manual_seed(0)
+    for name, cls in sorted(vars(nn).items()):
+        lazy = name.startswith("Lazy") or name in ("Container", "NLLLoss2d")
+        if lazy or not isinstance(cls, type) or not issubclass(cls, nn.Module):
+            continue
+        for arguments in ((), (4,), (4, 4), (4, 4, 3), (2, 4), (4, (2, 2))):
+            try:
+                module = cls(*arguments)
+            except (TypeError, ValueError, AssertionError):
+                continue
+            assert records.attributes(module)
+            break
 
 
 def test_neither_training_nor_building_again_changes_a_fingerprint():

@@ -80,8 +80,8 @@ MUTATIONS = [
     (
         "a checkpoint of other code is refused",
         "engine/records.py",
-        "_digest((CODE, [",
-        "_digest(([], [",
+        "_digest(CODE)",
+        "_digest([])",
         f"{RECORDS}::test_a_checkpoint_of_other_code_or_another_machine_is_refused",
     ),
     (
