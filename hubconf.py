@@ -3,7 +3,9 @@
 If your code has imported a module of its own called models, that one is taken instead of this folder's models.py.
 """
 
+import io
 import pathlib
+import zipfile
 
 import torch
 
@@ -20,8 +22,12 @@ def _builder(name):
             raise ValueError(f"{', '.join(options)} given with pretrained=True; the published weights allow no options")
         net = getattr(models, name)(**options)
         if pretrained:
-            weights = pathlib.Path(__file__).parent / "weights" / f"{name}.pt"
-            net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+            path = pathlib.Path(__file__).parent / "weights" / f"{name}.pt"
+            content = io.BytesIO(path.read_bytes())
+            if zipfile.ZipFile(content).testzip():  # torch.load does not look at the check sums
+                raise ValueError(f"{path} is damaged: its check sum is wrong; download it again")
+            content.seek(0)
+            net.load_state_dict(torch.load(content, map_location="cpu", weights_only=True))
         return net
 
     build.__name__ = build.__qualname__ = name

@@ -5,6 +5,8 @@ A problem is one line that names the file: OSError when it can't be written, Val
 
 import contextlib
 import csv
+import dis
+import enum
 import functools
 import hashlib
 import io
@@ -43,6 +45,8 @@ TEXTS = ("study", "dataset", "net", "norm", "commit")
 OF_ALL_MODULES = set(vars(torch.nn.Module()))
 PLAIN = bool | int | float | complex | str | bytes | slice | range | types.NoneType | types.EllipsisType
 PLAIN |= torch.dtype | torch.device | torch.layout | torch.memory_format
+CODE_PARTS = ("co_code", "co_consts", "co_names", "co_varnames", "co_freevars", "co_exceptiontable", "co_flags")
+CODE_PARTS += ("co_argcount", "co_posonlyargcount", "co_kwonlyargcount")
 _commit = None  # see set_commit
 
 
@@ -276,10 +280,10 @@ def numbers(rows, name):
         raise ValueError(f"{name} holds a text that is no number: {error}; mend it") from None
 
 
-def mixed_settings(rows):
-    """List the columns of settings, without the seed, in which rows of results/runs.csv of one net differ."""
+def mixed_settings(rows, by="net"):
+    """List the columns of settings, without the seed, in which rows of results/runs.csv of one net or norm differ."""
     settings = rows.columns.difference(NON_KEY_COLUMNS | {"seed", "net"}, sort=False)
-    return [name for name in settings if rows.groupby("net")[name].nunique(dropna=False).max() > 1]
+    return [name for name in settings if rows.groupby(by)[name].nunique(dropna=False).max() > 1]
 
 
 def read_rows(path, texts=False):
@@ -356,8 +360,7 @@ def weights_hash(state_dict):
 def fingerprint(net, data, settings, track, precision=None):
     """Return, as numbers and texts, what must be the same for a run to be the same; `net` is not yet trained.
 
-    It can't see functions and globals outside the net's classes, nor what is swapped at run time. ValueError for a
-    buffer that a checkpoint would not hold, and what `attributes` raises.
+    ValueError for a buffer that a checkpoint would not hold, and what `attributes` raises.
     """
     device, weights = data.images.device, net.state_dict()
     for name in (name for name, _ in net.named_buffers() if name not in weights):
@@ -387,17 +390,18 @@ def attributes(net):
 
     ValueError for an attribute of which `_described` can't tell all that it may compute from.
     """
-    names = {id(one): f"the net's {name}" for name, one in [*net.named_buffers(), *net.named_parameters()]}
-    names |= {id(module): f"the net's {name}" for name, module in net.named_modules()}
+    parts = [*net.named_buffers(), *net.named_parameters(), *net.named_modules()]
+    names = {id(part): (part, f"the net's {name}") for name, part in parts}
     lines = []
     for path, module in net.named_modules():
-        classes = [cls for cls in type(module).__mro__ if not _is_library(cls.__module__)]
-        members = [(f"{path}'s classes", classes), (f"{path}.forward", module.forward)]
-        for cls in (cls for cls in classes if id(cls) not in names):
-            names[id(cls)] = f"{cls.__qualname__} {len(names)}"
-            members += [(f"{cls.__qualname__}.{name}", value) for name, value in _members(cls)]
+        found = []
+        for cls in (cls for cls in _own_classes(type(module)) if id(cls) not in names):
+            names[id(cls)] = cls, f"{cls.__qualname__} {len(names)}"
+            found += [(f"{cls.__qualname__}.{name}", value) for name, value in _members(cls)]
         own = {name: value for name, value in vars(module).items() if name not in OF_ALL_MODULES}
-        for name, value in [*members, *((f"{path}.{name}", value) for name, value in sorted(own.items()))]:
+        own |= {"__class__": type(module), "_modules": module._modules, "forward": module.forward}
+        found += [(f"{path}.{name}", value) for name, value in sorted(own.items())]
+        for name, value in found:
             try:
                 lines.append(f"{name} {_described(value, names)!r}")
             except (RuntimeError, TypeError) as error:  # RuntimeError: a tensor without values
@@ -407,12 +411,15 @@ def attributes(net):
     return lines
 
 
+def _own_classes(cls):
+    return [one for one in cls.__mro__ if not _is_library(one.__module__)]
+
+
 def _members(cls):
-    return [
-        (name, value)
-        for name, value in sorted(vars(cls).items())
-        if (name[:2] != "__" or callable(value)) and name != "_abc_impl"
-    ]
+    """List what a class has, as pairs of name and value; not `__init__`, since what it made is there to see."""
+    members = [(name, value) for name, value in vars(cls).items() if name[:2] != "__" or callable(value)]
+    left_out = ("__init__", "_abc_impl")
+    return sorted([("__mro__", cls.__mro__[1:]), *(pair for pair in members if pair[0] not in left_out)])
 
 
 def _is_library(module):
@@ -423,31 +430,35 @@ def _is_library(module):
 def _described(value, names):
     """Return what an attribute is, the same in each process: without addresses and the order of sets.
 
-    names  {id: name} of what has one: of the net's modules and tensors; those of functions are added
+    names  {id: (object, name)} of the net's modules and tensors; functions and classes are added when they are met
 
     TypeError for what may compute from more than is told, such as an object of one's own class.
     """
     again = functools.partial(_described, names=names)
+    kind = type(value).__name__
     if id(value) in names:
-        return names[id(value)]
+        return names[id(value)][1]
+    if isinstance(value, enum.Enum):
+        return kind, value.name, again(value.value)
     if not _is_library(type(value).__module__):
         raise TypeError(f"a {type(value).__qualname__}")
     if isinstance(value, PLAIN):
         return value
     if isinstance(value, tuple | list):
-        return type(value).__name__, [*map(again, value)]
+        return kind, [*map(again, value)]
     if isinstance(value, dict):
-        return type(value).__name__, [(again(key), again(item)) for key, item in value.items()]
+        items = [(again(key), again(item)) for key, item in value.items()]
+        return kind, items, again(getattr(value, "default_factory", None))
     if isinstance(value, set | frozenset):
         return sorted(repr(again(item)) for item in value)
     if isinstance(value, torch.Tensor):
         return data_hash(value.to_dense())
     if isinstance(value, np.ndarray | np.generic):
-        return str(value.dtype), _digest(again(value.tolist())) if value.ndim else repr(value.item())
+        return kind, str(value.dtype), _digest(again(value.tolist())) if value.ndim else repr(value.item())
     if isinstance(value, functools.partial | functools.partialmethod):
         return again((value.func, value.args, value.keywords))
     if isinstance(value, staticmethod | classmethod):
-        return again(value.__func__)
+        return kind, again(value.__func__)
     if isinstance(value, types.MethodType):
         return again((value.__func__, value.__self__))
     if isinstance(value, functools.cached_property):
@@ -459,28 +470,50 @@ def _described(value, names):
     if isinstance(value, property):
         return again((value.fget, value.fset))
     if isinstance(value, types.CodeType):
-        return value.co_code, value.co_exceptiontable, value.co_names, again(value.co_consts)
+        return [again(getattr(value, name)) for name in CODE_PARTS]
     if isinstance(value, types.FunctionType):
-        names[id(value)] = f"{value.__qualname__} {len(names)}"
+        names[id(value)] = value, f"{value.__qualname__} {len(names)}"
         empty = types.CellType()
         cells = [cell.cell_contents for cell in value.__closure__ or () if cell != empty]
-        parts = value.__code__, value.__defaults__, value.__kwdefaults__, cells
-        return value.__qualname__, _digest(again(parts))
+        parts = again((value.__code__, value.__defaults__, value.__kwdefaults__, cells, vars(value)))
+        return value.__qualname__, _digest([parts, *(_global(*pair, names) for pair in _globals(value))])
     if isinstance(value, operator.methodcaller | operator.itemgetter | operator.attrgetter):
         return again(value.__reduce__())
     if isinstance(value, types.BuiltinFunctionType):
         return value.__qualname__, again(value.__self__)
     if isinstance(value, types.MethodDescriptorType | types.WrapperDescriptorType):
         return value.__qualname__, again(value.__objclass__)
-    if isinstance(value, np.ufunc) or (isinstance(value, types.ModuleType) and _is_library(value.__name__)):
-        return value.__name__
     if isinstance(value, torch._ops.OpOverloadPacket | torch._ops.OpOverload):
         return str(value)
     if isinstance(value, torch.no_grad | torch.enable_grad):  # in a decorated function
-        return type(value).__qualname__
-    if isinstance(value, type) and _is_library(value.__module__):
-        return f"{value.__module__}.{value.__qualname__}"
-    raise TypeError(f"the class {value.__qualname__}" if isinstance(value, type) else f"a {type(value).__qualname__}")
+        return kind
+    if isinstance(value, type) and not _is_library(value.__module__):
+        names[id(value)] = value, f"{value.__qualname__} {len(names)}"
+        return value.__qualname__, _digest(again(_members(value)))
+    if isinstance(value, types.ModuleType) and not _is_library(value.__name__) and getattr(value, "__file__", None):
+        path = Path(value.__file__)
+        return value.__name__, _digest(LOADED.get(path) or path.read_bytes())
+    if isinstance(value, type | types.ModuleType | np.ufunc):
+        return kind, getattr(value, "__module__", ""), value.__name__
+    raise TypeError(f"a {type(value).__qualname__}")
+
+
+def _globals(function):
+    """List the globals that a function reads, also by code within it, as pairs; none of an installed package's."""
+    if _is_library(str(function.__module__)) or "-packages" in function.__code__.co_filename:
+        return []
+    codes, found = [function.__code__], set()
+    for code in codes:
+        codes += [part for part in code.co_consts if isinstance(part, types.CodeType)]
+        found |= {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+    return [(name, function.__globals__[name]) for name in sorted(found & function.__globals__.keys())]
+
+
+def _global(name, value, names):
+    try:
+        return name, _described(value, names)
+    except TypeError as error:
+        raise TypeError(f"{name} in it: {error}") from None
 
 
 def _plain(value):

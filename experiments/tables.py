@@ -176,10 +176,17 @@ def holm(p_values):
     return corrected
 
 
-def samples(runs, column="test_accuracy"):
-    """Collect a column of runs of one setting as {norm: values}. ValueError when a seed is there twice."""
+def one_setting(runs):
+    """Return runs. ValueError unless those of a norm are of one setting and each seed is there once."""
     check_seeds(runs, ["norm"])
-    return {norm: own[column].to_numpy(float) for norm, own in runs.groupby("norm")}
+    if mixed := records.mixed_settings(runs.drop(columns="study", errors="ignore"), "norm"):
+        raise ValueError(f"runs differ in {', '.join(mixed)}; give runs of one setting")
+    return runs
+
+
+def samples(runs, column="test_accuracy"):
+    """Collect a column of runs of `one_setting` as {norm: values}."""
+    return {norm: own[column].to_numpy(float) for norm, own in one_setting(runs).groupby("norm")}
 
 
 def moments(accuracies):
@@ -266,7 +273,7 @@ def correlations(rows):
     }
     lines = []
     for name, runs in chosen.items():
-        accuracy = runs.pivot(index="seed", columns="norm", values="test_accuracy")
+        accuracy = one_setting(runs).pivot(index="seed", columns="norm", values="test_accuracy")
         for first, second in itertools.combinations(NORMS, 2):
             found = stats.pearsonr(accuracy[first], accuracy[second])
             line = {"runs": name, "norms": f"{first} and {second}", "correlation": found.statistic}
@@ -858,11 +865,10 @@ def augmentation(rows):
     All by PyTorch's kernels: the study flip is from before the fused step.
     """
     runs = select(rows, study=("captured", "flip"))
-    runs = runs.assign(gap=runs["train_accuracy"] - runs["test_accuracy"])
     keys = ["augment", "weight_decay"]
-    table = leads(runs, keys)
-    gaps = runs.groupby([*keys, "norm"])["gap"].mean(skipna=False).unstack()[list(NORMS)]
-    table = table.join(gaps.add_suffix(", train minus test"))
+    gaps = (runs["train_accuracy"] - runs["test_accuracy"]).groupby([runs[name] for name in [*keys, "norm"]])
+    gaps = gaps.agg(lambda values: values.mean(skipna=False)).unstack()[list(NORMS)]
+    table = leads(runs, keys).join(gaps.add_suffix(", train minus test"))
     return table.reindex(["none", "flip", "flip+crop"], level=0).rename_axis(["augmentation", "weight decay"])
 
 

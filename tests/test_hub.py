@@ -67,6 +67,16 @@ def test_options_with_the_weights_are_refused():
     assert torch.hub.load(str(ROOT), "NetC", source="local", groups=2).groups == 2
 
 
+def test_damaged_weights_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "weights").mkdir()
+    content = bytearray((ROOT / "weights" / "NetA.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "weights" / "NetA.pt").write_bytes(content)
+    monkeypatch.setattr(hubconf, "__file__", str(tmp_path / "hubconf.py"))
+    with pytest.raises(ValueError, match=r"^.*NetA.pt is damaged: its check sum is wrong; download it again$"):
+        hubconf.NetA(pretrained=True)
+
+
 @pytest.mark.parametrize("name", utils.NETS)
 def test_export_and_onnx(name, tmp_path):
     """float32, eval mode, any number of images."""

@@ -243,25 +243,27 @@ def run_with(predictions):
 
 
 def test_people_table_by_hand():
-    data = SimpleNamespace(test_labels=torch.tensor([0, 1, 2, 0]), split="test", classes=range(10))
-    votes = torch.zeros(4, 10, dtype=torch.int64)
+    data = SimpleNamespace(test_labels=torch.tensor([0, 1, 2, 0, 3, 3]), split="test", classes=range(10))
+    votes = torch.zeros(6, 10, dtype=torch.int64)
     votes[0, 0], votes[0, 1] = 45, 5  # 90% agree: not disputed
     votes[1, 1], votes[1, 2] = 20, 30  # disputed, and most people say 2
     votes[2, 2] = 50
     votes[3, 0], votes[3, 5], votes[3, 7] = 44, 4, 2  # 88% agree
+    votes[4, 1], votes[4, 3], votes[4, 8] = 20, 16, 14  # no majority
+    votes[5, 1], votes[5, 3] = 25, 25
     runs = {
-        "batch": run_with([1, 2, 2, 0]),  # wrong: 0, which some people say, too, and 1, as most say
-        "layer": run_with([3, 1, 4, 7]),  # wrong: 0 and 2, as nobody says, and 3, as someone says
-        "group": run_with([0, 1, 2, 0]),  # all right
+        "batch": run_with([1, 2, 2, 0, 1, 1]),  # wrong: 0, 4 and 5, which some people say, too, and 1, as most say
+        "layer": run_with([3, 1, 4, 7, 3, 3]),  # wrong: 0 and 2, as nobody says, and 3, as someone says
+        "group": run_with([0, 1, 2, 0, 3, 3]),  # all right
     }
     table = people_table(runs, data, votes)
     assert list(table.index) == ["batch", "layer", "group", "all test images"]
     columns = ["mistakes", "disputed, %", "someone agrees with the net, %", "most people agree with the net, %"]
     assert list(table.columns) == columns
-    assert table.loc["batch"].tolist() == [2, 50.0, 100.0, 50.0]
+    assert table.loc["batch"].tolist() == [4, 75.0, 100.0, 25.0]
     assert table.loc["layer"].tolist() == [3, 33.3, 33.3, 0.0]
     assert table.loc["group"].tolist() == [0, "-", "-", "-"]
-    assert table.loc["all test images"].tolist() == [4, 50.0, "-", "-"]
+    assert table.loc["all test images"].tolist() == [6, 66.7, "-", "-"]
 
 
 @pytest.mark.parametrize(("split", "columns"), [("validation", 10), ("test", 9)])
@@ -286,6 +288,15 @@ def test_vote_table_by_hand():
     table = vote_table(runs, data, votes)
     assert table.loc["batch"].tolist() == [3, 3, 66.7, 33.3, 0.0]
     assert table.loc["layer"].tolist() == [1, 3, 0.0, 66.7, 33.3]
+
+
+def test_seeds_that_are_divided_equally_side_with_nobody():
+    """Whatever the order of the classes."""
+    data = SimpleNamespace(test_labels=torch.tensor([3, 5]), split="test", classes=range(10))
+    votes = torch.zeros(2, 10, dtype=torch.int64)
+    votes[0, 5], votes[1, 3] = 50, 50
+    runs = {"batch": [run_with([3, 3]), run_with([5, 5])]}
+    assert vote_table(runs, data, votes).loc["batch"].tolist() == [2, 2, 0.0, 0.0, 100.0]
 
 
 def test_probing_leaves_a_net_trainable(small):

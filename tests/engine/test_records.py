@@ -1,10 +1,14 @@
 """Rows, checkpoints and fingerprints: nothing is lost, nothing of another run is taken, nothing damaged is read."""
 
+import cmath
+import collections
 import csv
+import enum
 import errno
 import functools
 import io
 import itertools
+import math
 import operator
 import os
 import pickle
@@ -722,6 +726,32 @@ def keyed_by(number):
     return block
 
 
+def shared(places):
+    """A block in which two modules without parameters are in several places."""
+    block, parts = Block(), [Block(), with_attribute("factor", 3.0)]
+    block.parts = nn.ModuleList([*parts, *(parts[number] for number in places)])
+    return block
+
+
+def written(text, **names):
+    """The function `curve` of a text, as of a notebook's cell, where these names are globals."""
+    scope = names | {"__name__": "cell"}
+    exec(text, scope)
+    return scope["curve"]
+
+
+def marked(gain):
+    def curve(self, x):
+        return self.curve.gain * x
+
+    curve.gain = gain
+    return curve
+
+
+class Mode(enum.Enum):
+    FAST, SLOW = 1, 2
+
+
 def caught_early(self, x):
     try:
         y = int(x)
@@ -771,6 +801,35 @@ SEEN = {  # pairs of blocks, with the same weights and repr, that compute someth
     "a method of a tensor": [with_attribute("f", [torch.tensor(n).add]) for n in (1, 2)],
     "what an error is caught by": [subclass(curve=f) for f in (caught_early, caught_late)],
     "a class attribute with a class of torch": [subclass(make=cls) for cls in (nn.ReLU, nn.SiLU)],
+    "which place has which of two modules": [shared((0, 1)), shared((1, 1))],
+    "the default of a dict": [with_attribute("f", collections.defaultdict(f)) for f in (int, float)],
+    "an attribute of a function": [subclass(curve=marked(gain)) for gain in (1, 2)],
+    "the order of arguments": [subclass(curve=lambda old, new: old - new), subclass(curve=lambda new, old: new - old)],
+    "a star": [subclass(curve=lambda self, *x: x), subclass(curve=lambda self, x: x)],
+    "a static method or not": [subclass(curve=staticmethod(marked(1))), subclass(curve=marked(1))],
+    "a member of an Enum": [with_attribute("f", Mode.FAST), with_attribute("f", Mode.SLOW)],
+    "a member of an Enum in code": [
+        subclass(curve=written(f"def curve(self, x): return x if self is Mode.{name} else -x", Mode=Mode))
+        for name in ("FAST", "SLOW")
+    ],
+    "a class": [with_attribute("f", type("Own", (), {"gain": gain})) for gain in (1, 2)],
+    "a class above it": [with_attribute("f", type("Own", (type("Base", (), {"gain": gain}),), {})) for gain in (1, 2)],
+    "a class in the class": [subclass(Own=type("Own", (), {"gain": gain})) for gain in (1, 2)],
+    "a module of one's own": [subclass(f=utils), subclass(f=variants)],
+    "a module of Python": [subclass(f=math), subclass(f=cmath)],
+    "a function of a package": [subclass(f=pd.isna), subclass(f=pd.notna)],
+    "a text or a function": [with_attribute("f", "tanh"), with_attribute("f", [np.tanh])],
+    "a global": [subclass(curve=written("def curve(self, x): return GAIN * x", GAIN=gain)) for gain in (1, 2)],
+    "a global in nested code": [
+        subclass(curve=written("def curve(self, x): return max(GAIN * y for y in x)", GAIN=gain)) for gain in (1, 2)
+    ],
+    "a helper above it": [
+        subclass(curve=written(f"def helper(x): return {gain} * x\ndef curve(self, x): return helper(x)"))
+        for gain in (1, 2)
+    ],
+    "a class above it that a method reads": [
+        subclass(curve=written(f"class Own: gain = {gain}\ndef curve(self, x): return Own.gain * x")) for gain in (1, 2)
+    ],
     "a device": [with_attribute("device", torch.device(name)) for name in ("cpu", "meta")],
     "a range": [with_attribute("steps", range(n)) for n in (2, 3)],
     "a set": [with_attribute("steps", {n}) for n in (2, 3)],
@@ -808,6 +867,7 @@ def test_blocks_that_compute_something_else_are_told_apart(difference):
     first, second = SEEN[difference]
     assert repr(first) == repr(second)
     assert fingerprint_of(first) != fingerprint_of(second)
+    assert fingerprint_of(first) == fingerprint_of(first)
 
 
 class Own:
@@ -817,6 +877,9 @@ class Own:
 
     def __call__(self, x):
         return self.factor * x
+
+
+OWN = Own()
 
 
 class Items(list):
@@ -831,16 +894,18 @@ NOT_SEEN = {  # what computes from more than can be told
     "an object": (lambda: with_attribute("f", Own()), "C1.activation.f", "a Own"),
     "an object in lists": (lambda: with_attribute("f", [{"a": (Own(),)}]), "C1.activation.f", "a Own"),
     "its method": (lambda: with_attribute("f", Own().__call__), "C1.activation.f", "a Own"),
-    "a class": (lambda: with_attribute("f", Own), "C1.activation.f", "the class Own"),
     "a namespace": (lambda: with_attribute("f", SimpleNamespace(a=1)), "C1.activation.f", "a SimpleNamespace"),
     "a list of its own class": (lambda: with_attribute("f", Items([1])), "C1.activation.f", "a Items"),
-    "a module": (lambda: subclass(f=utils), "Block.f", "a module"),
     "objects in an array": (lambda: with_attribute("f", np.array([Own()])), "C1.activation.f", "a Own"),
     "a tensor without values": (lambda: with_attribute("f", torch.ones(2, device="meta")), "C1.activation.f", ""),
     "an object in a closure": (lambda: subclass(curve=cell(Own())), "Block.curve", "a Own"),
-    "an object as a default": (lambda: subclass(curve=lambda self, x, f=Own: x), "Block.curve", "the class Own"),
+    "an object as a default": (lambda: subclass(curve=lambda self, x, f=OWN: x), "Block.curve", "a Own"),
+    "an object above it": (
+        lambda: subclass(curve=written("def curve(self, x): return own(x)", own=OWN)),
+        "Block.curve",
+        "own in it: a Own",
+    ),
     "an object of the class": (lambda: subclass(f=Own()), "Block.f", "a Own"),
-    "a class in the class": (lambda: subclass(Own=Own), "Block.Own", "the class Own"),
     "a dispatched method": (lambda: subclass(f=functools.singledispatchmethod(len)), "Block.f", "a singledispatch"),
 }
 
@@ -952,10 +1017,20 @@ def test_attributes_of_the_net_and_of_a_part_called_net_are_told_apart():
 def test_a_fingerprint_is_the_same_in_each_process():
     """Whatever the order of sets and the addresses of objects."""
     code = """
-import torch, utils
+import os, torch, utils
 from engine import records
-from test_records import DATA, SETTINGS, Block, decorated
-block = type("Block", (Block,), {"extra_repr": lambda self: str(max), "curve": decorated(lambda s, x: x)})()
+from test_records import DATA, SETTINGS, Block, Mode, decorated
+for _ in range(int(os.environ["PYTHONHASHSEED"])):  # PyTorch numbers these
+    type("Other", (torch.autograd.Function,), {})
+class Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return MODES[Mode.FAST] * x
+MODES = {Mode.FAST: 2}
+def twice(self, x):
+    return Twice.apply(x)
+members = {"extra_repr": lambda self: str(max), "curve": decorated(lambda s, x: x), "twice": twice}
+block = type("Block", (Block,), members)()
 block.curves = (max, lambda x: x in {"one", "two", "three", "four"}, torch.relu)
 block.extra_repr = lambda: repr(block.curves)
 net = utils.build("NetA", SETTINGS)

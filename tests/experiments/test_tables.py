@@ -10,7 +10,7 @@ from scipy import stats
 
 from engine import records
 from engine.statistics import contrast
-from experiments import sweeps, tables
+from experiments import figures, sweeps, tables
 from experiments.tables import decimal_round, show
 
 ROWS = tables.read_results()
@@ -96,6 +96,17 @@ def test_a_seed_that_is_there_twice_is_refused():
     runs = pd.DataFrame({"norm": "batch", "seed": [0, 1, 1], "test_accuracy": [1.0, 2.0, 3.0]})
     with pytest.raises(ValueError, match="seed 1 of batch is there twice"):
         tables.samples(runs)
+
+
+@pytest.mark.parametrize(
+    "table", [tables.results, tables.differences, tables.augmentation_gain, tables.correlations, figures.plot_accuracy]
+)
+@pytest.mark.parametrize("change", [{"learning_rate": 0.5}, {"dataset": "CIFAR-100"}, {"split": "validation"}])
+def test_a_new_seed_of_another_setting_is_not_pooled(table, change):
+    """The study main is no sweep, which would list its runs."""
+    other = ROWS[(ROWS["study"] == "main") & (ROWS["net"] == "NetB")].iloc[:1].assign(seed=10, **change)
+    with pytest.raises(ValueError, match=rf"^runs differ in {next(iter(change))}; give runs of one setting$"):
+        table(pd.concat([ROWS, other]))
 
 
 @pytest.mark.parametrize(
