@@ -42,7 +42,8 @@ def plot_samples(data):
 def plot_curves(runs, data):
     """Draw loss and accuracy by epoch of {norm: list of Run}: means over the seeds, with bands from lowest to highest.
 
-    Accuracy is solid for the test split, dotted for training. The last panel enlarges the last quarter of the epochs.
+    Accuracy is solid for the test split, where each run was tested in each epoch, and dotted for training. The last
+    panel enlarges the last quarter of the epochs.
     """
     for norm_runs in runs.values():
         records.check_runs(norm_runs, data)
@@ -60,7 +61,7 @@ def plot_curves(runs, data):
         )
         for axis, values, column, line in panels:
             by_epoch = values.groupby("epoch")[column]
-            mean, low, high = by_epoch.mean(), by_epoch.min(), by_epoch.max()
+            mean, low, high = (by_epoch.agg(name, skipna=False) for name in ("mean", "min", "max"))
             label = f"{norm} norm" if line == "-" else None
             axis.plot(mean.index, mean, line, marker=".", color=COLORS[norm], label=label)
             if line == "-" and len(norm_runs) > 1:

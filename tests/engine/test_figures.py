@@ -1,5 +1,6 @@
 """The notebook's figures, by what they show."""
 
+import math
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
@@ -144,6 +145,15 @@ def test_curves_are_means_with_bands_from_lowest_to_highest(small):
         assert same_color(to_hex(band.get_facecolor()[0]), COLORS["batch"])
         corners = {tuple(point) for point in band.get_paths()[0].vertices}
         assert {(x, y) for x in (1, 2) for y in (low[x - 1], high[x - 1])} <= corners
+
+
+def test_no_test_curve_is_drawn_for_seeds_of_which_some_were_not_tested(small):
+    tested, other = epochs_of(1, 2), [epoch | {"test_accuracy": math.nan} for epoch in epochs_of(2, 4)]
+    runs = [make_run(small, "batch", small.test_labels, seed, epochs) for seed, epochs in enumerate([tested, other])]
+    figure = figures.plot_curves({"batch": runs}, small)
+    solid, dotted = figure.axes[1].lines[:2]
+    assert np.isnan(solid.get_ydata()).all()
+    assert dotted.get_ydata().tolist() == [15, 30]
 
 
 def test_confusions_write_each_count_in_its_cell_on_one_scale(small, runs):
