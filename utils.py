@@ -136,7 +136,8 @@ def train(net, data, settings, label="", track=True, fused=None, checkpoint=None
             raise MemoryError(f"{message}; try {max(1, settings.batch_size // 2)}") from None
         if checkpoint is not None:
             step = f"fused step of Triton {trainer.fused.triton_version}" if trainer.fused else "PyTorch's step"
-            run = records.fingerprint(net, data, settings, track, f"{trainer.dtype}, {step}")
+            precision, optimizer = f"{trainer.dtype}, {step}", OPTIMIZERS[settings.optimizer]
+            run = records.fingerprint(net, data, settings, track, precision, optimizer)
             saved = records.read_checkpoint(checkpoint, run, trainer.steps_per_epoch, trainer.state_dict())
             if saved:
                 run, history = saved["fingerprint"], saved["history"]

@@ -35,7 +35,7 @@ COMPUTING = ("models", "utils", "engine/data", "engine/muon", "engine/trainer", 
 LOADED = [ROOT / f"{name}.py" for name in ("models", "utils", "hubconf")]
 LOADED += [path for folder in ("engine", "experiments") for path in sorted((ROOT / folder).glob("*.py"))]
 LOADED = {path: path.read_bytes() for path in LOADED if path.is_file()}
-CODE = [LOADED[path] for name in COMPUTING if (path := ROOT / f"{name}.py") in LOADED]
+COMPUTED = {path: LOADED[path] for name in COMPUTING if (path := ROOT / f"{name}.py") in LOADED}
 HISTORY = ("epoch", "loss", "train_accuracy", "test_accuracy", "learning_rate", "seconds", "elapsed")  # of each epoch
 # The columns of results/runs.csv that a run measures or notes; all others are its settings and tell rows apart.
 NON_KEY_COLUMNS = {"parameters", "train_accuracy", "test_accuracy", "validation_accuracy", "test_loss", "seconds"}
@@ -46,6 +46,7 @@ OF_ALL_MODULES = set(vars(torch.nn.Module()))
 PLAIN = bool | int | float | complex | str | bytes | slice | range | types.NoneType | types.EllipsisType
 PLAIN |= torch.dtype | torch.device | torch.layout | torch.memory_format
 CODE_PARTS = ("co_code", "co_consts", "co_names", "co_varnames", "co_freevars", "co_exceptiontable", "co_flags")
+ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD")
 CODE_PARTS += ("co_argcount", "co_posonlyargcount", "co_kwonlyargcount")
 _commit = None  # see set_commit
 
@@ -357,19 +358,21 @@ def weights_hash(state_dict):
     return _digest((list(state_dict), data_hash(*state_dict.values())))
 
 
-def fingerprint(net, data, settings, track, precision=None):
+def fingerprint(net, data, settings, track, precision=None, optimizer=None):
     """Return, as numbers and texts, what must be the same for a run to be the same; `net` is not yet trained.
 
-    ValueError for a buffer that a checkpoint would not hold, and what `attributes` raises.
+    optimizer  the function that makes it
+
+    Of this project's own modules it takes the files, and can't see what is swapped in them at run time. ValueError for
+    a buffer that a checkpoint would not hold, and what `attributes` raises.
     """
     device, weights = data.images.device, net.state_dict()
     for name in (name for name, _ in net.named_buffers() if name not in weights):
         advice = "register it with persistent=True, or train without a checkpoint"
         raise ValueError(f"the net's buffer {name} would not be in the checkpoint; {advice}")
     described = {  # each of two words, which no setting can be called
-        "net's modules": re.sub(r" at 0x[0-9a-fA-F]+", "", repr(net)),
-        "net's attributes": "\n".join(attributes(net)),
-        "training code": _digest(CODE),
+        "training code": _digest([*COMPUTED.values()]),
+        "net's attributes": "\n".join(attributes(net, optimizer)),
         "torch version": str(torch.__version__),
         "device name": device_name(device),
         "number format": str(precision),
@@ -382,138 +385,157 @@ def fingerprint(net, data, settings, track, precision=None):
         "each epoch tested": bool(track),
         "initial weights": weights_hash(weights),
     }
-    return described | _plain(asdict(settings))
+    return _plain(asdict(settings)) | described
 
 
-def attributes(net):
+def attributes(net, optimizer=None):
     """List what each module, and each class of one that is not torch's, has as attributes, as lines of text.
 
-    ValueError for an attribute of which `_described` can't tell all that it may compute from.
+    Also the globals that are read, by functions of one's own code, and what `optimizer`, a function, is. ValueError for
+    what can't be told.
     """
-    parts = [*net.named_buffers(), *net.named_parameters(), *net.named_modules()]
-    names = {id(part): (part, f"the net's {name}") for name, part in parts}
-    lines = []
-    for path, module in net.named_modules():
-        found = []
-        for cls in (cls for cls in _own_classes(type(module)) if id(cls) not in names):
-            names[id(cls)] = cls, f"{cls.__qualname__} {len(names)}"
-            found += [(f"{cls.__qualname__}.{name}", value) for name, value in _members(cls)]
+    told = _Description(net)
+    modules = dict(net.named_modules())
+    classes = dict.fromkeys(cls for module in modules.values() for cls in type(module).__mro__)
+    classes = [cls for cls in classes if not _is_library(cls.__module__)]
+    for cls in classes:
+        told.give_name(cls)
+    for path, module in modules.items():
         own = {name: value for name, value in vars(module).items() if name not in OF_ALL_MODULES}
         own |= {"__class__": type(module), "_modules": module._modules, "forward": module.forward}
-        found += [(f"{path}.{name}", value) for name, value in sorted(own.items())]
-        for name, value in found:
-            try:
-                lines.append(f"{name} {_described(value, names)!r}")
-            except (RuntimeError, TypeError) as error:  # RuntimeError: a tensor without values
-                reason = str(error).partition("\n")[0]
-                advice = "use numbers, texts, tensors, functions, and lists or dicts of them, or train without one"
-                raise ValueError(f"a checkpoint can't tell what {name} is ({reason}); {advice}") from None
-    return lines
-
-
-def _own_classes(cls):
-    return [one for one in cls.__mro__ if not _is_library(one.__module__)]
+        for name, value in sorted(own.items()):
+            told.tell(f"{path}.{name}", value)
+    for cls in classes:
+        for name, value in _members(cls):
+            if name != "__init__":  # what it made is there to see
+                told.tell(f"{cls.__qualname__}.{name}", value)
+    told.tell("the optimizer", optimizer)
+    return told.lines
 
 
 def _members(cls):
-    """List what a class has, as pairs of name and value; not `__init__`, since what it made is there to see."""
+    """List what a class has, as pairs of name and value, without what describes it."""
     members = [(name, value) for name, value in vars(cls).items() if name[:2] != "__" or callable(value)]
-    left_out = ("__init__", "_abc_impl")
-    return sorted([("__mro__", cls.__mro__[1:]), *(pair for pair in members if pair[0] not in left_out)])
+    return sorted([("__mro__", cls.__mro__[1:]), *(pair for pair in members if pair[0] != "_abc_impl")])
 
 
 def _is_library(module):
     """Return whether a module, by name, is torch's, NumPy's or Python's own, which the version of torch stands for."""
-    return module.partition(".")[0] in {"torch", "numpy", *sys.stdlib_module_names} - {"__main__"}
+    return str(module).partition(".")[0] in {"torch", "numpy", *sys.stdlib_module_names} - {"__main__"}
 
 
-def _described(value, names):
-    """Return what an attribute is, the same in each process: without addresses and the order of sets.
+class _Description:
+    """Tells what values are, in lines that are the same in each process: without addresses and the order of sets."""
 
-    names  {id: (object, name)} of the net's modules and tensors; functions and classes are added when they are met
+    def __init__(self, net):
+        parts = [*net.named_buffers(), *net.named_parameters(), *net.named_modules()]
+        self.names = {id(part): (part, f"the net's {name}") for name, part in parts}  # and of what was told
+        self.lines = []
 
-    TypeError for what may compute from more than is told, such as an object of one's own class.
-    """
-    again = functools.partial(_described, names=names)
-    kind = type(value).__name__
-    if id(value) in names:
-        return names[id(value)][1]
-    if isinstance(value, enum.Enum):
-        return kind, value.name, again(value.value)
-    if not _is_library(type(value).__module__):
+    def give_name(self, value):
+        self.names[id(value)] = value, f"{value.__qualname__} {len(self.names)}"
+
+    def tell(self, name, value):
+        """Add a line. ValueError for what may compute from more than can be told, as an object of one's own class."""
+        try:
+            self.lines.append(f"{name} {self.of(value)!r}")
+        except (RuntimeError, TypeError) as error:  # RuntimeError: a tensor without values
+            reason = str(error).partition("\n")[0]
+            advice = "use numbers, texts, tensors, functions, and lists or dicts of them, or train without one"
+            raise ValueError(f"a checkpoint can't tell what {name} is ({reason}); {advice}") from None
+
+    def of(self, value):
+        """Return what a value is, as texts, numbers and lists or tuples of them; TypeError as in `tell`."""
+        kind = type(value).__name__
+        if id(value) in self.names:
+            return self.names[id(value)][1]
+        if isinstance(value, enum.Enum):
+            return kind, value.name, self.of(value.value)
+        if not _is_library(type(value).__module__):
+            raise TypeError(f"a {type(value).__qualname__}")
+        if isinstance(value, PLAIN):
+            return value
+        if isinstance(value, tuple | list):
+            return kind, [*map(self.of, value)]
+        if isinstance(value, dict):
+            items = [(self.of(key), self.of(item)) for key, item in value.items()]
+            return kind, items, self.of(getattr(value, "default_factory", None))
+        if isinstance(value, set | frozenset):
+            return sorted(repr(self.of(item)) for item in value)
+        if isinstance(value, torch.Tensor):
+            return data_hash(value.to_dense())
+        if isinstance(value, np.ndarray | np.generic):
+            return kind, str(value.dtype), _digest(self.of(value.tolist())) if value.ndim else repr(value.item())
+        if isinstance(value, functools.partial | functools.partialmethod):
+            return self.of((value.func, value.args, value.keywords))
+        if isinstance(value, staticmethod | classmethod):
+            return kind, self.of(value.__func__)
+        if isinstance(value, types.MethodType):
+            return self.of((value.__func__, value.__self__))
+        if isinstance(value, functools.cached_property):
+            return self.of(value.func)
+        if isinstance(value, functools._lru_cache_wrapper):
+            return self.of(value.__wrapped__)
+        if isinstance(value, weakref.ref):
+            return self.of(value())
+        if isinstance(value, property):
+            return self.of((value.fget, value.fset))
+        if isinstance(value, types.CodeType):
+            return [self.of(getattr(value, name)) for name in CODE_PARTS]
+        if isinstance(value, types.FunctionType):
+            self.give_name(value)
+            empty = types.CellType()
+            cells = [cell.cell_contents for cell in value.__closure__ or () if cell != empty]
+            for name, found in _globals(value):
+                self.tell(f"{value.__qualname__}: {name}", found)
+            parts = value.__code__, value.__defaults__, value.__kwdefaults__, cells, vars(value)
+            return value.__qualname__, _digest(self.of(parts))
+        if isinstance(value, operator.methodcaller | operator.itemgetter | operator.attrgetter):
+            return self.of(value.__reduce__())
+        if isinstance(value, types.BuiltinFunctionType):
+            return value.__qualname__, self.of(value.__self__)
+        if isinstance(value, types.MethodDescriptorType | types.WrapperDescriptorType):
+            return value.__qualname__, self.of(value.__objclass__)
+        if isinstance(value, torch._ops.OpOverloadPacket | torch._ops.OpOverload):
+            return str(value)
+        if isinstance(value, torch.no_grad | torch.enable_grad):  # in a decorated function
+            return kind
+        if isinstance(value, type) and not _is_library(value.__module__):
+            self.give_name(value)
+            return value.__qualname__, _digest([(name, self.of(member)) for name, member in _members(value)])
+        if _is_own_module(value):
+            return value.__name__, _digest(Path(value.__file__).read_bytes())
+        if isinstance(value, type | types.ModuleType | np.ufunc):
+            return kind, getattr(value, "__module__", ""), value.__name__
         raise TypeError(f"a {type(value).__qualname__}")
-    if isinstance(value, PLAIN):
-        return value
-    if isinstance(value, tuple | list):
-        return kind, [*map(again, value)]
-    if isinstance(value, dict):
-        items = [(again(key), again(item)) for key, item in value.items()]
-        return kind, items, again(getattr(value, "default_factory", None))
-    if isinstance(value, set | frozenset):
-        return sorted(repr(again(item)) for item in value)
-    if isinstance(value, torch.Tensor):
-        return data_hash(value.to_dense())
-    if isinstance(value, np.ndarray | np.generic):
-        return kind, str(value.dtype), _digest(again(value.tolist())) if value.ndim else repr(value.item())
-    if isinstance(value, functools.partial | functools.partialmethod):
-        return again((value.func, value.args, value.keywords))
-    if isinstance(value, staticmethod | classmethod):
-        return kind, again(value.__func__)
-    if isinstance(value, types.MethodType):
-        return again((value.__func__, value.__self__))
-    if isinstance(value, functools.cached_property):
-        return again(value.func)
-    if isinstance(value, functools._lru_cache_wrapper):
-        return again(value.__wrapped__)
-    if isinstance(value, weakref.ref):
-        return again(value())
-    if isinstance(value, property):
-        return again((value.fget, value.fset))
-    if isinstance(value, types.CodeType):
-        return [again(getattr(value, name)) for name in CODE_PARTS]
-    if isinstance(value, types.FunctionType):
-        names[id(value)] = value, f"{value.__qualname__} {len(names)}"
-        empty = types.CellType()
-        cells = [cell.cell_contents for cell in value.__closure__ or () if cell != empty]
-        parts = again((value.__code__, value.__defaults__, value.__kwdefaults__, cells, vars(value)))
-        return value.__qualname__, _digest([parts, *(_global(*pair, names) for pair in _globals(value))])
-    if isinstance(value, operator.methodcaller | operator.itemgetter | operator.attrgetter):
-        return again(value.__reduce__())
-    if isinstance(value, types.BuiltinFunctionType):
-        return value.__qualname__, again(value.__self__)
-    if isinstance(value, types.MethodDescriptorType | types.WrapperDescriptorType):
-        return value.__qualname__, again(value.__objclass__)
-    if isinstance(value, torch._ops.OpOverloadPacket | torch._ops.OpOverload):
-        return str(value)
-    if isinstance(value, torch.no_grad | torch.enable_grad):  # in a decorated function
-        return kind
-    if isinstance(value, type) and not _is_library(value.__module__):
-        names[id(value)] = value, f"{value.__qualname__} {len(names)}"
-        return value.__qualname__, _digest(again(_members(value)))
-    if isinstance(value, types.ModuleType) and not _is_library(value.__name__) and getattr(value, "__file__", None):
-        path = Path(value.__file__)
-        return value.__name__, _digest(LOADED.get(path) or path.read_bytes())
-    if isinstance(value, type | types.ModuleType | np.ufunc):
-        return kind, getattr(value, "__module__", ""), value.__name__
-    raise TypeError(f"a {type(value).__qualname__}")
+
+
+def _is_own_module(value):
+    is_module = isinstance(value, types.ModuleType) and not _is_library(value.__name__)
+    return is_module and bool(getattr(value, "__file__", None)) and "-packages" not in value.__file__
 
 
 def _globals(function):
-    """List the globals that a function reads, also by code within it, as pairs; none of an installed package's."""
-    if _is_library(str(function.__module__)) or "-packages" in function.__code__.co_filename:
+    """List the globals that a function of one's own code reads, also by code within it, as pairs of name and value.
+
+    None of an installed package's function, and of one in COMPUTED. Of a module of one's own, the attributes read.
+    """
+    path = function.__code__.co_filename
+    if _is_library(function.__globals__.get("__name__")) or "-packages" in path or Path(path) in COMPUTED:
         return []
-    codes, found = [function.__code__], set()
+    codes, found = [function.__code__], {}
     for code in codes:
         codes += [part for part in code.co_consts if isinstance(part, types.CodeType)]
-        found |= {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
-    return [(name, function.__globals__[name]) for name in sorted(found & function.__globals__.keys())]
-
-
-def _global(name, value, names):
-    try:
-        return name, _described(value, names)
-    except TypeError as error:
-        raise TypeError(f"{name} in it: {error}") from None
+        steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
+        for place, step in enumerate(steps):
+            if step.opname == "LOAD_GLOBAL" and step.argval in function.__globals__:
+                name, value = step.argval, function.__globals__[step.argval]
+                for then in steps[place + 1 :]:
+                    if not (_is_own_module(value) and then.opname in ATTRIBUTE and hasattr(value, then.argval)):
+                        break
+                    name, value = f"{name}.{then.argval}", getattr(value, then.argval)
+                found[name] = value
+    return sorted(found.items(), key=lambda pair: pair[0])
 
 
 def _plain(value):

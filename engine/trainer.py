@@ -188,7 +188,7 @@ class Trainer:
         if as_it_is:
             print_once(f"training in float32, step by step: {reason}")
         self.dtype = fast.training_precision(net, device)
-        self.loss_scale = 1 if as_it_is else LOSS_SCALE  # code of its own sees the gradients as they are
+        self.loss_scale = LOSS_SCALE if self.dtype == torch.float16 else 1
         self.diverged = torch.zeros((), device=device)  # 1 from the first step on whose gradients are not finite
         self.fused, self.model, self.copied = None, None, []
         if (fused or not as_it_is) and takes_fused_step(net, device, fused):

@@ -6,6 +6,7 @@ import csv
 import enum
 import errno
 import functools
+import importlib
 import io
 import itertools
 import math
@@ -28,13 +29,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, Evil, child, refused, run_together, same
 from torch import nn
 
 import utils
 from engine import fast, files, records
 from engine.data import Data
-from engine.trainer import Trainer
+from engine.trainer import OPTIMIZERS, Trainer
 from experiments import variants
 
 SETTINGS = utils.Settings(epochs=3, batch_size=20, augment="flip+crop")
@@ -661,7 +663,6 @@ def test_modules_of_one_name_that_compute_something_else_are_told_apart():
         activation = type("Activation", (nn.Module,), {"forward": forward})
         net = altered_net("NetA", lambda block, make=activation: block.set_submodule("activation", make()))
         prints.append(records.fingerprint(net, DATA, SETTINGS, True))
-    assert len({one["net's modules"] for one in prints}) == 1
     assert len({one["net's attributes"] for one in prints}) == 4
 
 
@@ -827,6 +828,18 @@ SEEN = {  # pairs of blocks, with the same weights and repr, that compute someth
         subclass(curve=written(f"def helper(x): return {gain} * x\ndef curve(self, x): return helper(x)"))
         for gain in (1, 2)
     ],
+    "what a class above it makes": [
+        subclass(
+            curve=written(
+                f"class Own:\n  def __init__(self): self.gain = {gain}\ndef curve(self, x): return Own().gain * x"
+            )
+        )
+        for gain in (1, 2)
+    ],
+    "a helper that wraps one of torch": [
+        subclass(curve=functools.wraps(F.silu)(written("def curve(self, x): return GAIN * x", GAIN=gain)))
+        for gain in (1, 2)
+    ],
     "a class above it that a method reads": [
         subclass(curve=written(f"class Own: gain = {gain}\ndef curve(self, x): return Own.gain * x")) for gain in (1, 2)
     ],
@@ -882,6 +895,13 @@ class Own:
 OWN = Own()
 
 
+def own_optimizer(share):
+    def make(groups, lr, momentum, dtype):
+        return OPTIMIZERS["sgd"](groups, lr, share * momentum, dtype)
+
+    return make
+
+
 class Items(list):
     pass
 
@@ -902,8 +922,8 @@ NOT_SEEN = {  # what computes from more than can be told
     "an object as a default": (lambda: subclass(curve=lambda self, x, f=OWN: x), "Block.curve", "a Own"),
     "an object above it": (
         lambda: subclass(curve=written("def curve(self, x): return own(x)", own=OWN)),
-        "Block.curve",
-        "own in it: a Own",
+        "curve: own",
+        "a Own",
     ),
     "an object of the class": (lambda: subclass(f=Own()), "Block.f", "a Own"),
     "a dispatched method": (lambda: subclass(f=functools.singledispatchmethod(len)), "Block.f", "a singledispatch"),
@@ -938,6 +958,44 @@ def test_all_modules_of_torch_have_a_fingerprint():
                 continue
             assert records.attributes(module)
             break
+
+
+def test_an_optimizer_of_ones_own_is_told_apart(tmp_path, monkeypatch):
+    settings = replace(SETTINGS, epochs=1)
+    monkeypatch.setitem(OPTIMIZERS, "own", own_optimizer(1.0))
+    settings = replace(settings, optimizer="own")
+    trained(tmp_path / "run.pt", settings=settings)
+    monkeypatch.setitem(OPTIMIZERS, "own", own_optimizer(0.5))
+    refused(lambda: trained(tmp_path / "run.pt", settings=settings), ValueError, "with net's attributes the optimizer")
+
+
+def test_a_module_of_ones_own_counts_as_it_is_in_memory(tmp_path, monkeypatch):
+    """Not as its file: of each it takes what the net's functions read."""
+    path = tmp_path / "own_module.py"
+    path.write_text("SLOPE = 0.1\nOTHER = 1\ndef act(x):\n    return SLOPE * x\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    own_module = importlib.import_module("own_module")
+    blocks = [
+        subclass(curve=written(f"def curve(self, x): return {text} * x", own_module=own_module))
+        for text in ("own_module.SLOPE", "own_module.act(x)")
+    ]
+    before = [fingerprint_of(block) for block in blocks]
+    path.write_text("SLOPE = 0.6\n")  # edited, but not loaded
+    own_module.OTHER = 2
+    assert [fingerprint_of(block) for block in blocks] == before
+    own_module.SLOPE = 0.5
+    for block, print_before in zip(blocks, before, strict=True):
+        assert fingerprint_of(block) != print_before
+
+
+def test_a_global_that_differs_is_named(tmp_path):
+    for gain in (1.5, 2.5):
+        net = utils.build("NetA", SETTINGS)
+        net.C1.activation = subclass(curve=written("def curve(self, x): return GAIN * x", GAIN=gain))
+        if gain == 1.5:
+            trained(tmp_path / "run.pt", net)
+    message = "is a checkpoint with net's attributes curve: GAIN 1.5, not curve: GAIN 2.5"
+    refused(lambda: trained(tmp_path / "run.pt", net), ValueError, message)
 
 
 def test_neither_training_nor_building_again_changes_a_fingerprint():
@@ -1036,7 +1094,7 @@ block.extra_repr = lambda: repr(block.curves)
 net = utils.build("NetA", SETTINGS)
 net.C1.activation = block
 run = records.fingerprint(net, DATA, SETTINGS, True)
-print([run[name] for name in ("net's modules", "net's attributes", "training code")])
+print([run[name] for name in ("net's attributes", "training code")])
 """
     path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "engine")))
     command = [sys.executable, "-c", code]
@@ -1112,7 +1170,7 @@ def test_a_checkpoint_of_another_number_of_threads_is_refused(finished):
 @pytest.mark.parametrize(
     ("owner", "name", "value", "difference"),
     [
-        (records, "CODE", [b"# another version"], "training code"),
+        (records, "COMPUTED", {ROOT / "models.py": b"# another version"}, "training code"),
         (torch, "__version__", "9.9", "torch version"),
         (records, "device_name", lambda device: "another machine", "device name"),
         (fast, "pick_precision", lambda device: torch.float64, "number format"),
@@ -1127,7 +1185,7 @@ def test_a_checkpoint_of_other_code_or_another_machine_is_refused(
 
 def test_the_code_of_every_room_that_computes_counts():
     for name in ("models", "utils", "engine/data", "engine/muon", "engine/trainer", "engine/fast"):
-        assert (ROOT / f"{name}.py").read_bytes() in records.CODE
+        assert (ROOT / f"{name}.py").read_bytes() in records.COMPUTED.values()
 
 
 def test_a_hash_tells_values_places_types_and_shapes_apart():
