@@ -349,7 +349,7 @@ def compare(rows, pairs=(("batch", "layer"), ("batch", "group"), ("group", "laye
     rows = rows[rows["norm"].isin(accuracy)]
     of_norms = {"seed", "net", "norm", "learning_rate", "weight_decay", *records.statistics_columns("", 0, 0)}
     for name in rows.columns.difference(records.NON_KEY_COLUMNS | of_norms, sort=False):
-        if rows[name].fillna("").nunique() > 1:
+        if rows[name].nunique(dropna=False) > 1:
             raise ValueError(f"rows to compare differ in {name}: {', '.join(map(str, rows[name].unique()))}")
     lines = []
     for first, second in pairs:

@@ -56,6 +56,22 @@ def shows(cell):
     return any(output.output_type in ("display_data", "execute_result") for output in cell.get("outputs", ()))
 
 
+def check_shown(notebook, table):
+    """Refused unless an executed notebook shows this DataFrame."""
+    shown = [
+        output.data.get("text/html", "")
+        for cell in notebook.cells
+        for output in cell.get("outputs", ())
+        if "data" in output
+    ]
+    if cells_of(table.to_html()) not in map(cells_of, shown):
+        raise Refused(f"it doesn't show {', '.join(map(str, table.iloc[0]))} and the rest of what the run's rows give")
+
+
+def cells_of(html):
+    return re.findall("<td>(.*?)</td>", html)
+
+
 def check_notebook(notebook):
     """Return the executed notebook to publish, without papermill's marks; Refused if a cell failed or did not run."""
     notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]

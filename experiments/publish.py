@@ -31,7 +31,7 @@ import utils
 from engine import files, records
 from engine.data import CIFAR10_CLASSES, load_data
 from experiments import ROOT
-from experiments.notebook import Refused, check_notebook, check_source, committed
+from experiments.notebook import Refused, check_notebook, check_shown, check_source, committed
 
 SEEDS, IMAGES = 10, 10_000
 FOLDER = ROOT.resolve() / "out" / "published"  # emptied before each run, so that it holds nothing else
@@ -279,6 +279,9 @@ def publish_snapshot(folder, commit, root):
         executed = nbformat.read(path, as_version=4)
         check_source(executed, original, SEEDS)
         made = {NOTEBOOK: f"{nbformat.writes(check_notebook(executed))}\n".encode()}
+        run = records.read_rows(folder / ROWS)
+        for table in (utils.summarize(run), utils.compare(run)):
+            check_shown(executed, table)
     made[RIGHT] = pd.DataFrame(records.right_rows(predictions)).to_csv(index=False).encode()
     try:
         check_weights(folder, predictions, rows, load_data(utils.pick_device(), "cifar10", root / "data"))
@@ -293,7 +296,7 @@ def publish_snapshot(folder, commit, root):
                 _, temporary = targets.enter_context(files.replacement(root / file))
                 temporary.write_bytes(made[file] if file in made else (folder / file).read_bytes())
             signals.enter_context(files.signals_deferred())  # until all are replaced, or all are as they were
-        records.upsert(root / ROWS, rows, key={"study": "main"})  # in place of all that was published before
+        records.upsert(root / ROWS, rows, key=["study", "dataset", "net"])  # in place of all that was published before
 
 
 def main(arguments=None):

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import copy
 import io
 import os
 import shutil
@@ -77,8 +78,19 @@ def write(folder, table, *lines):
     (folder / "results" / f"{table}.csv").write_bytes("".join(f"{line}\r\n" for line in lines).encode())
 
 
+def with_tables(folder, notebook):
+    """Return a copy of an executed notebook that shows the tables of a run's rows at its end."""
+    run = records.read_rows(folder / "results" / "runs.csv")
+    tables = [table._repr_html_() for table in (utils.summarize(run), utils.compare(run))]
+    shown = [new_output("display_data", {"text/html": table}) for table in tables]
+    notebook = copy.deepcopy(notebook)
+    notebook.cells.append(new_code_cell("the tables", execution_count=99, outputs=shown))
+    return notebook
+
+
 def put(folder, root, notebook):
     """Put an executed notebook into the folder of a run, and what it was executed from into the checkout."""
+    notebook = with_tables(folder, notebook)
     nbformat.write(notebook, folder / "s8.ipynb")
     original = nbformat.from_dict(notebook)
     original.cells = [cell for cell in original.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
@@ -120,7 +132,6 @@ def finished(tmp_path, notebook):
     mistakes = [f"{net},{index},cat,dog,0.1234567890123456789" for net in utils.NETS for index in range(3)]
     write(folder, "mistakes", "net,index,true,predicted,confidence", *mistakes)
     write(folder, "inside", "net,images,layer,spread", *INSIDE)
-    put(folder, root, notebook)
     shutil.copy(ROOT / "results" / "runs.csv", root / "results")
     rows = read_texts()
     rows = rows[(rows["study"] == "main") & rows["net"].isin(["NetA", "NetB", "NetC"])]
@@ -128,6 +139,7 @@ def finished(tmp_path, notebook):
     rows = rows.assign(**{name: str(value) for name, value in asdict(utils.Settings()).items() if name != "seed"})
     rows = rows.assign(commit=COMMIT)
     records.upsert(folder / "results" / "runs.csv", rows.assign(test_accuracy="99.97", seconds="0.5"))
+    put(folder, root, notebook)
     return folder, root
 
 
@@ -169,6 +181,25 @@ def test_what_was_there_is_published(finished):
     assert all((own == (np.arange(10_000) > 2)).all() and own.shape == (10, 10_000) for own in right.values())
     cells = nbformat.read(root / "s8.ipynb", as_version=4).cells
     assert [cell.source for cell in cells][:2] == ["# Title", "seeds = None"]
+
+
+def test_other_nets_and_data_sets_of_the_study_stay(finished):
+    folder, root = finished
+    rows = read_texts(root / "results" / "runs.csv")
+    own = rows[(rows["study"] == "main") & (rows["net"] == "NetB")]
+    others = [own.assign(dataset="CIFAR-100"), own.assign(net="Net", norm="none", groups="", layer_variant="")]
+    for other in others:
+        records.upsert(root / "results" / "runs.csv", other)
+    publish.publish(folder, root=root)
+    found = read_texts(root / "results" / "runs.csv")
+    assert len(found) == len(rows) + 20
+
+
+def test_a_notebook_of_another_run_is_refused(finished):
+    folder, _root = finished
+    text = (folder / "s8.ipynb").read_text()
+    (folder / "s8.ipynb").write_text(text.replace("<td>99.97</td>", "<td>99.98</td>"))
+    refuse(finished, "s8.ipynb: it doesn't show batch, 20, 48042, 99.97, 0.0, 10, .* and the rest of what the run's")
 
 
 def test_rows_at_other_settings_are_replaced(finished):
@@ -528,7 +559,7 @@ def test_mistakes_that_are_not_the_first_seeds_are_refused(finished, old, new):
     refuse(finished, r"mistakes.csv: Net\w?, image \d, \w+ as \w+: not once both here and in predictions.npz")
 
 
-def test_mistakes_are_those_of_the_first_seed(finished):
+def test_mistakes_are_those_of_the_first_seed(finished, notebook):
     arrays = dict(np.load(finished[0] / "results" / "predictions.npz"))
     for net in utils.NETS:
         arrays[net][1:] = arrays["labels"]
@@ -538,6 +569,7 @@ def test_mistakes_are_those_of_the_first_seed(finished):
     rows.to_csv(finished[0] / "results" / "runs.csv", index=False)
     path = finished[0] / "results" / "history.csv"
     path.write_bytes(path.read_bytes().replace(b",99.97,", b",,"))
+    put(*finished, notebook)
     publish.publish(finished[0], root=finished[1])
 
 
@@ -583,7 +615,7 @@ def test_weights_that_damaged_data_can_not_score_are_refused(finished, there):
     refuse(finished, "weights can't be scored: CIFAR-10 is not in")
 
 
-def test_swapped_weights_are_refused(finished, real, monkeypatch):
+def test_swapped_weights_are_refused(finished, notebook, real, monkeypatch):
     """Also weights of another seed, or none that were trained; and labels that are not CIFAR-10's.
 
     Of the first 1000 test images, which are scored in a tenth of the time.
@@ -609,6 +641,7 @@ def test_swapped_weights_are_refused(finished, real, monkeypatch):
         mistakes += [",".join(map(str, row)) for row in table.to_numpy()]
     predict(folder, **arrays)
     rows.to_csv(folder / "results" / "runs.csv", index=False)
+    put(*finished, notebook)
     write(folder, "mistakes", "net,index,true,predicted,confidence", *mistakes)
     path = folder / "results" / "history.csv"
     path.write_bytes(path.read_bytes().replace(b",99.97,", b",,"))
@@ -764,7 +797,7 @@ def test_what_is_no_notebook_is_refused(finished, content, message, place):
 
 @pytest.mark.parametrize("name", ["kernelspec", "language_info"])
 def test_a_notebook_without_its_language_is_refused(finished, notebook, name):
-    notebook = nbformat.from_dict(notebook)
+    notebook = with_tables(finished[0], notebook)
     del notebook.metadata[name]
     nbformat.write(notebook, finished[0] / "s8.ipynb")
     refuse(finished, "s8.ipynb: its metadata has no kernelspec or no language_info")
@@ -772,7 +805,7 @@ def test_a_notebook_without_its_language_is_refused(finished, notebook, name):
 
 def inject(folder, notebook, source):
     """Change what papermill injected."""
-    notebook = nbformat.from_dict(notebook)
+    notebook = with_tables(folder, notebook)
     notebook.cells[2].source = source
     nbformat.write(notebook, folder / "s8.ipynb")
 
@@ -827,7 +860,7 @@ def test_other_cells_are_refused(finished, notebook):
     original = nbformat.read(finished[1] / "s8.ipynb", as_version=4)
     original.cells.append(new_markdown_cell("The end"))
     nbformat.write(original, finished[1] / "s8.ipynb")
-    refuse(finished, "s8.ipynb: cell 4 is not that of the committed s8.ipynb")
+    refuse(finished, "s8.ipynb: cell 5 is not that of the committed s8.ipynb")
     original.cells = original.cells[:3]
     nbformat.write(original, finished[1] / "s8.ipynb")
     refuse(finished, "s8.ipynb: cell 3 is not that of the committed s8.ipynb")
@@ -869,7 +902,7 @@ def test_a_cell_that_did_not_run_is_refused(finished, notebook):
 
 def test_a_cell_whose_output_was_cleared_is_refused(finished):
     edit(finished[0] / "s8.ipynb", -1, outputs=[])
-    refuse(finished, "s8.ipynb: cell 3 shows nothing; that of the committed s8.ipynb does")
+    refuse(finished, "s8.ipynb: cell 4 shows nothing; that of the committed s8.ipynb does")
 
 
 def test_papermills_marks_are_stripped(notebook):
