@@ -240,10 +240,12 @@ def run(name, data, settings, study="main", track=True, checkpoints=None):
 
 def settings_columns(name, net, data, settings, study):
     """Return the columns of a run's row that tell it apart, which are known before it."""
-    if study == "main" and settings.epochs < MAX_EPOCHS:
+    if data.synthetic:
+        study = "synthetic" if study == "main" else f"synthetic {study}"
+    elif study == "main" and settings.epochs < MAX_EPOCHS:
         study = "short"
     return {
-        "study": "synthetic" if data.synthetic else study,
+        "study": study,
         "dataset": data.name,
         "net": name,
         **records.net_columns(net, settings.batch_size),

@@ -220,6 +220,11 @@ def color_statistics(device):
 
 
 def normalize(images):
-    """Turn uint8 images (B, 32, 32, 3) into float32 (B, 3, 32, 32), each color standardized as over CIFAR-10."""
+    """Turn uint8 images (B, 32, 32, 3) into float32 (B, 3, 32, 32), each color standardized as over CIFAR-10.
+
+    ValueError for images of another type.
+    """
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images are {images.dtype}; give torch.uint8, 0 to 255")
     mean, std = color_statistics(images.device)
     return (images.permute(0, 3, 1, 2) - mean) / std

@@ -115,8 +115,9 @@ def overlap(mistakes):
 
 
 def check_votes(votes, data):
-    """Raise ValueError unless `votes` can be people's answers on the test images of `data`."""
-    if data.split != "test" or votes.shape != (len(data.test_labels), len(data.classes)):
+    """Raise ValueError unless `votes` can be people's answers on the test images of `data`: mostly their labels."""
+    right = data.split == "test" and votes.shape == (len(data.test_labels), len(data.classes))
+    if not right or (votes.argmax(1) == data.test_labels.cpu()).float().mean() < 0.5:
         raise ValueError(f"votes are for other images than those of {data.name}, {data.split} split; leave them out")
 
 

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import io
 import itertools
+import math
 import operator
 import os
 import re
@@ -190,11 +191,13 @@ def right_rows(predictions):
 
 def read_right(path):
     """Return what rows of `right_rows` hold, as {net: bool of (seeds, N)}. ValueError when they are damaged."""
-    found = {}
-    for row in read_rows(path, texts=True).to_dict("records"):
+    found, table = {}, read_rows(path, texts=True)
+    for row in table.to_dict("records"):
         try:
-            bits = np.unpackbits(np.frombuffer(bytes.fromhex(row["right"]), np.uint8))
-            found.setdefault(row["net"], []).append(bits[: int(row["images"])].astype(bool))
+            bits, images = np.unpackbits(np.frombuffer(bytes.fromhex(row["right"]), np.uint8)), int(row["images"])
+            if len(bits) != 8 * math.ceil(images / 8) or table.duplicated(["net", "seed"]).any():
+                raise ValueError("a row is not as long as its images are many, or a seed is there twice")
+            found.setdefault(row["net"], []).append(bits[:images].astype(bool))
         except (KeyError, ValueError) as error:
             raise ValueError(f"{path} holds no images that were right: {error}") from None
     return {net: np.stack(seeds) for net, seeds in found.items()}

@@ -462,7 +462,7 @@ def repeated(rows):
     lines = []
     for (name, norm, *setting), own in there.groupby(["optimizer", "norm", *SETTING[2:]]):
         other = select(here, optimizer=name, norm=norm, learning_rate=setting[0], weight_decay=setting[1])
-        if len(own) == len(other) == 10:
+        if len(one_setting(own)) == len(one_setting(other)) == 10:
             found = contrast(own["test_accuracy"], other["test_accuracy"])
             lines.append({"optimizer": OPTIMIZERS[name], "norm": norm} | columns_of(found, "H200 minus H100"))
     return pd.DataFrame(lines).set_index(["optimizer", "norm"])

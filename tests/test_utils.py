@@ -617,6 +617,22 @@ def two_runs(tiny, tmp_path_factory):
     ], folder
 
 
+@pytest.mark.parametrize(
+    ("name", "study", "epochs", "wanted"),
+    [
+        ("SYNTHETIC DATA", "main", 1, "synthetic"),
+        ("SYNTHETIC DATA", "noisy", 1, "synthetic noisy"),
+        ("CIFAR-10", "main", 20, "main"),
+        ("CIFAR-10", "main", 19, "short"),
+        ("CIFAR-10", "noisy", 1, "noisy"),
+    ],
+)
+def test_the_study_of_a_row(tiny, name, study, epochs, wanted):
+    settings = Settings(epochs=epochs)
+    row = utils.settings_columns("NetA", utils.build("NetA", settings), replace(tiny, name=name), settings, study)
+    assert row["study"] == wanted
+
+
 def test_a_row_says_what_was_run_and_what_came_out(tiny, two_runs):
     (run, _), _ = two_runs
     settings = Settings(epochs=1, batch_size=50, seed=7)

@@ -274,16 +274,35 @@ def test_votes_on_other_images_are_refused(small, split, columns):
             table({}, data, votes)
 
 
+def test_votes_that_mostly_contradict_the_labels_are_refused(small):
+    """As those on CIFAR-10 do for another data set of as many images and classes."""
+    votes = nn.functional.one_hot(small.test_labels, 10) * 50
+    people_table({"batch": run_with(small.test_labels.tolist())}, small, votes)
+    for table in (people_table, vote_table):
+        with pytest.raises(ValueError, match=r"^votes are for other images than those of "):
+            table({}, small, votes.roll(1, 1))
+
+
+def test_float_images_are_refused(small):
+    images = small.test_images[:4] / 255
+    for measure in (lambda net: mean_spread(net, "NetA", images, 2), lambda net: class_activation_maps(net, images)):
+        with pytest.raises(ValueError, match=r"^images are torch.float32; give torch.uint8, 0 to 255$"):
+            measure(models.NetA())
+
+
 def test_vote_table_by_hand():
-    data = SimpleNamespace(test_labels=torch.tensor([0, 1, 2, 0]), split="test", classes=range(10))
-    votes = torch.zeros(4, 10, dtype=torch.int64)
+    data = SimpleNamespace(test_labels=torch.tensor([0, 1, 2, 0, 6, 6, 6, 6]), split="test", classes=range(10))
+    votes = torch.zeros(8, 10, dtype=torch.int64)
+    votes[4:, 6] = 50  # most people say what the label says
     votes[0, 0], votes[0, 1] = 20, 30  # most people say 1
     votes[1, 2], votes[1, 3], votes[1, 1] = 20, 15, 15  # the commonest answer is not the label, but no majority
     votes[2, 5] = 50
     votes[3, 0], votes[3, 4] = 24, 26
     runs = {
-        "batch": [run_with([1, 2, 5, 0]), run_with([1, 2, 2, 0]), run_with([0, 2, 5, 9])],  # vote: 1 2 5 0
-        "layer": [run_with([7, 1, 2, 0])],
+        "batch": [
+            run_with([*seed, 6, 6, 0, 0]) for seed in ([1, 2, 5, 0], [1, 2, 2, 0], [0, 2, 5, 9])
+        ],  # vote: 1 2 5 0
+        "layer": [run_with([7, 1, 2, 0, 6, 6, 6, 6])],
     }
     table = vote_table(runs, data, votes)
     assert table.loc["batch"].tolist() == [3, 3, 66.7, 33.3, 0.0]
@@ -292,10 +311,10 @@ def test_vote_table_by_hand():
 
 def test_seeds_that_are_divided_equally_side_with_nobody():
     """Whatever the order of the classes."""
-    data = SimpleNamespace(test_labels=torch.tensor([3, 5]), split="test", classes=range(10))
-    votes = torch.zeros(2, 10, dtype=torch.int64)
-    votes[0, 5], votes[1, 3] = 50, 50
-    runs = {"batch": [run_with([3, 3]), run_with([5, 5])]}
+    data = SimpleNamespace(test_labels=torch.tensor([3, 5, 6, 6]), split="test", classes=range(10))
+    votes = torch.zeros(4, 10, dtype=torch.int64)
+    votes[0, 5], votes[1, 3], votes[2:, 6] = 50, 50, torch.tensor([50, 50])
+    runs = {"batch": [run_with([3, 3, 6, 6]), run_with([5, 5, 6, 6])]}
     assert vote_table(runs, data, votes).loc["batch"].tolist() == [2, 2, 0.0, 0.0, 100.0]
 
 

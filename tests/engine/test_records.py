@@ -157,6 +157,16 @@ def test_which_images_were_right_is_read_as_it_was_written(tmp_path):
         records.read_right(path)
 
 
+@pytest.mark.parametrize(("right", "seed"), [("ff", 1), ("ffffff", 1), ("ffff", 0)])
+def test_rows_of_right_images_that_are_cut_or_there_twice_are_refused(tmp_path, right, seed):
+    rows = [{"net": "NetA", "seed": 0, "images": 12, "right": "ffff"}]
+    records.upsert(tmp_path / "right.csv", rows)
+    assert records.read_right(tmp_path / "right.csv")["NetA"].shape == (1, 12)
+    (tmp_path / "right.csv").write_text(f"net,seed,images,right\nNetA,0,12,ffff\nNetA,{seed},12,{right}\n")
+    with pytest.raises(ValueError, match=r"right.csv holds no images that were right: a row is not as long as"):
+        records.read_right(tmp_path / "right.csv")
+
+
 @pytest.mark.parametrize("column", ["study", "dataset", "net", "norm"])
 def test_names_that_look_like_numbers_are_texts(path, column):
     for name in ("1.1", "1.10", "01", "1"):

@@ -109,6 +109,14 @@ def test_a_new_seed_of_another_setting_is_not_pooled(table, change):
         table(pd.concat([ROWS, other]))
 
 
+def test_repeats_of_two_settings_are_not_pooled():
+    rows = ROWS.copy()
+    rows.loc[(rows["study"] == "optimizer-h200") & (rows["seed"] >= 5), "epochs"] = 40
+    tables.repeated(ROWS)
+    with pytest.raises(ValueError, match=r"^runs differ in epochs; give runs of one setting$"):
+        tables.repeated(rows)
+
+
 @pytest.mark.parametrize(
     ("table", "study"),
     [
