@@ -31,12 +31,13 @@ import torch
 from engine import files
 from engine.files import ROOT, check_path, read_bytes, replacement, save_tensors
 
-COMPUTING = ("models", "utils", "engine/data", "engine/muon", "engine/trainer", "engine/fast", "engine/kernels")
 # Read now: a process computes with what it loaded, whatever is edited later.
 LOADED = [ROOT / f"{name}.py" for name in ("models", "utils", "hubconf")]
 LOADED += [path for folder in ("engine", "experiments") for path in sorted((ROOT / folder).glob("*.py"))]
 LOADED = {path: path.read_bytes() for path in LOADED if path.is_file()}
-COMPUTED = {path: LOADED[path] for name in COMPUTING if (path := ROOT / f"{name}.py") in LOADED}
+NOT_COMPUTING = ("__init__", "download", "figures", "files", "probe", "records", "statistics", "tune")  # in engine/
+COMPUTED = [path for path in LOADED if path.parent.name == "engine" and path.stem not in NOT_COMPUTING]
+COMPUTED = {path: LOADED[path] for path in [*COMPUTED, ROOT / "models.py", ROOT / "utils.py"] if path in LOADED}
 HISTORY = ("epoch", "loss", "train_accuracy", "test_accuracy", "learning_rate", "seconds", "elapsed")  # of each epoch
 # The columns of results/runs.csv that a run measures or notes; all others are its settings and tell rows apart.
 NON_KEY_COLUMNS = {"parameters", "train_accuracy", "test_accuracy", "validation_accuracy", "test_loss", "seconds"}
@@ -374,12 +375,12 @@ def fingerprint(net, data, settings, track, precision=None, optimizer=None):
         advice = "register it with persistent=True, or train without a checkpoint"
         raise ValueError(f"the net's buffer {name} would not be in the checkpoint; {advice}")
     described = {  # each of two words, which no setting can be called
-        "training code": _digest([*COMPUTED.values()]),
-        "net's attributes": "\n".join(attributes(net, optimizer)),
         "torch version": str(torch.__version__),
         "device name": device_name(device),
         "number format": str(precision),
         "thread count": torch.get_num_threads() if device.type == "cpu" else None,
+        "training code": _digest([*COMPUTED.values(), *_imported_code()]),
+        "net's attributes": "\n".join(attributes(net, optimizer)),
         "data name": f"{data.name}, {data.split}",
         "training images": data_hash(data.images),
         "training labels": data_hash(data.labels),
@@ -391,6 +392,21 @@ def fingerprint(net, data, settings, track, precision=None, optimizer=None):
     return _plain(asdict(settings)) | described
 
 
+def _imported_code():
+    """Return the contents of the files outside this project that those in COMPUTED import, and that these import."""
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in COMPUTED]
+    found = {}
+    for name in names:
+        for value in vars(sys.modules[name]).values() if name in sys.modules else ():
+            other = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
+            if isinstance(other, str) and other not in names and _is_own_module(sys.modules.get(other)):
+                path = _file_of(sys.modules[other])
+                if path not in LOADED and path.is_file():
+                    found[path] = path.read_bytes()
+                    names.append(other)
+    return [found[path] for path in sorted(found)]
+
+
 def attributes(net, optimizer=None):
     """List what each module, and each class of one that is not torch's, has as attributes, as lines of text.
 
@@ -400,7 +416,7 @@ def attributes(net, optimizer=None):
     told = _Description(net)
     modules = dict(net.named_modules())
     classes = dict.fromkeys(cls for module in modules.values() for cls in type(module).__mro__)
-    classes = [cls for cls in classes if not _is_library(cls.__module__)]
+    classes = [cls for cls in classes if not _is_library(cls)]
     for cls in classes:
         told.give_name(cls)
     for path, module in modules.items():
@@ -422,9 +438,14 @@ def _members(cls):
     return sorted([("__mro__", cls.__mro__[1:]), *(pair for pair in members if pair[0] != "_abc_impl")])
 
 
-def _is_library(module):
-    """Return whether a module, by name, is torch's, NumPy's or Python's own, which the version of torch stands for."""
-    return str(module).partition(".")[0] in {"torch", "numpy", *sys.stdlib_module_names} - {"__main__"}
+def _is_library(cls):
+    """Return whether a class is torch's, NumPy's or Python's own, which the version of torch stands for."""
+    made_by_exec = cls.__module__ == "builtins" and cls.__flags__ & 1 << 9  # made by Python code
+    return _is_library_module(cls.__module__) and not made_by_exec
+
+
+def _is_library_module(name):
+    return str(name).partition(".")[0] in {"torch", "numpy", *sys.stdlib_module_names} - {"__main__"}
 
 
 class _Description:
@@ -454,7 +475,7 @@ class _Description:
             return self.names[id(value)][1]
         if isinstance(value, enum.Enum):
             return kind, value.name, self.of(value.value)
-        if not _is_library(type(value).__module__):
+        if not _is_library(type(value)):
             raise TypeError(f"a {type(value).__qualname__}")
         if isinstance(value, PLAIN):
             return value
@@ -503,19 +524,29 @@ class _Description:
             return str(value)
         if isinstance(value, torch.no_grad | torch.enable_grad):  # in a decorated function
             return kind
-        if isinstance(value, type) and not _is_library(value.__module__):
+        if isinstance(value, type) and not _is_library(value):
             self.give_name(value)
             return value.__qualname__, _digest([(name, self.of(member)) for name, member in _members(value)])
-        if _is_own_module(value):
-            return value.__name__, _digest(Path(value.__file__).read_bytes())
+        if _is_own_module(value) and _file_of(value).is_file():
+            return value.__name__, _digest(_file_of(value).read_bytes())
         if isinstance(value, type | types.ModuleType | np.ufunc):
             return kind, getattr(value, "__module__", ""), value.__name__
         raise TypeError(f"a {type(value).__qualname__}")
 
 
+def _file_of(module):
+    """Return the path of a module's file, or of the folder of a package without one; None for one without either."""
+    found = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", ())), None)
+    return Path(os.path.realpath(found)) if isinstance(found, str) else None
+
+
 def _is_own_module(value):
-    is_module = isinstance(value, types.ModuleType) and not _is_library(value.__name__)
-    return is_module and bool(getattr(value, "__file__", None)) and "-packages" not in value.__file__
+    is_module = isinstance(value, types.ModuleType) and not _is_library_module(value.__name__)
+    return is_module and bool(path := _file_of(value)) and not _is_installed(path)
+
+
+def _is_installed(path):
+    return bool({"site-packages", "dist-packages"} & set(path.parts))
 
 
 def _globals(function):
@@ -523,8 +554,8 @@ def _globals(function):
 
     None of an installed package's function, and of one in COMPUTED. Of a module of one's own, the attributes read.
     """
-    path = function.__code__.co_filename
-    if _is_library(function.__globals__.get("__name__")) or "-packages" in path or Path(path) in COMPUTED:
+    path = Path(os.path.realpath(function.__code__.co_filename))
+    if _is_library_module(function.__globals__.get("__name__")) or _is_installed(path) or path in COMPUTED:
         return []
     codes, found = [function.__code__], {}
     for code in codes:

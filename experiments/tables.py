@@ -303,7 +303,7 @@ def held_out(tried, runs, keys):
     """
     check_seeds(runs, keys)
     setting = [*keys, "learning_rate", "weight_decay"]
-    means = validation_means(tried.groupby(setting).filter(lambda own: len(own) >= 3), setting)
+    means = validation_means(tried.groupby(setting, dropna=False).filter(lambda own: len(own) >= 3), setting)
     found = runs.drop_duplicates(keys)[setting].join(means.rename("held-out"), on=setting)
     return found.set_index(keys).sort_index()
 
@@ -559,7 +559,7 @@ def ridge_gaps(rows, thresholds=(0.5, 1.0, 2.0)):
 def spread(runs, column):
     """Mean, lowest and highest test accuracy by a column, and the number of runs."""
     check_seeds(runs, [column])
-    by_key = runs.groupby(column, sort=False)["test_accuracy"]
+    by_key = runs.groupby(column, sort=False, dropna=False)["test_accuracy"]
     means, lowest, highest = (by_key.agg(name, skipna=False) for name in ("mean", "min", "max"))
     return pd.DataFrame({"test accuracy": means, "lowest": lowest, "highest": highest, "n": by_key.size()})
 
@@ -604,7 +604,7 @@ def layer_kinds(rows):
 def leads(runs, keys, column="test_accuracy"):
     """Mean accuracy of each norm by `keys` (columns of settings), and batch norm's leads with intervals."""
     lines = {}
-    for key, own in runs.groupby(keys):
+    for key, own in runs.groupby(keys, dropna=False):
         of = samples(own, column)
         line = {"n": len(of["batch"])} | {norm: of[norm].mean() for norm in NORMS}
         for first, second in LEADS:
@@ -670,7 +670,7 @@ def controls(rows):
     runs = runs.assign(optimizer=runs["optimizer"].map(TUNED))
     runs = pd.concat([runs, step_runs(rows).assign(optimizer=lambda own: own["step"])])
     lines = {}
-    for key, own in runs.groupby(keys, sort=False):
+    for key, own in runs.groupby(keys, sort=False, dropna=False):
         if "none" in set(own["norm"]):
             found = without_norm(own)
             line = {"n": len(select(own, norm="none"))}

@@ -40,7 +40,7 @@ def check_seeds(runs, keys, least=1):
     for key in runs[runs.duplicated([*keys, "seed"])][[*keys, "seed"]].to_numpy():
         *key, seed = map(str, key)
         raise ValueError(f"seed {seed} of {', '.join(key)} is there twice; give runs of one setting")
-    for key, count in runs.groupby([*keys]).size().items() if least > 1 else ():
+    for key, count in runs.groupby([*keys], dropna=False).size().items() if least > 1 else ():
         if count < least:
             name = ", ".join(map(str, key if isinstance(key, tuple) else [key]))
             raise ValueError(f"{name} has {count} of {least} seeds; run what is missing of its sweep first")
@@ -54,7 +54,7 @@ def validation_means(rows, keys, seeds=1):
     """
     check_seeds(rows, keys, seeds)
     accuracy = records.numbers(rows, "validation_accuracy").rename("accuracy")
-    means = accuracy.groupby([rows[key] for key in keys]).agg(lambda values: values.mean(skipna=False))
+    means = accuracy.groupby([rows[key] for key in keys], dropna=False).agg(lambda values: values.mean(skipna=False))
     return means.round(9).sort_index(key=as_numbers)  # what is beyond depends on the rows' order
 
 

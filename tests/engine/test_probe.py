@@ -243,8 +243,9 @@ def run_with(predictions):
 
 
 def test_people_table_by_hand():
-    data = SimpleNamespace(test_labels=torch.tensor([0, 1, 2, 0, 3, 3]), split="test", classes=range(10))
-    votes = torch.zeros(6, 10, dtype=torch.int64)
+    data = SimpleNamespace(test_labels=torch.tensor([0, 1, 2, 0, 3, 3] + [4] * 10), split="test", classes=range(10))
+    votes = torch.zeros(16, 10, dtype=torch.int64)
+    votes[6:, 4] = 50
     votes[0, 0], votes[0, 1] = 45, 5  # 90% agree: not disputed
     votes[1, 1], votes[1, 2] = 20, 30  # disputed, and most people say 2
     votes[2, 2] = 50
@@ -252,9 +253,9 @@ def test_people_table_by_hand():
     votes[4, 1], votes[4, 3], votes[4, 8] = 20, 16, 14  # no majority
     votes[5, 1], votes[5, 3] = 25, 25
     runs = {
-        "batch": run_with([1, 2, 2, 0, 1, 1]),  # wrong: 0, 4 and 5, which some people say, too, and 1, as most say
-        "layer": run_with([3, 1, 4, 7, 3, 3]),  # wrong: 0 and 2, as nobody says, and 3, as someone says
-        "group": run_with([0, 1, 2, 0, 3, 3]),  # all right
+        "batch": run_with([1, 2, 2, 0, 1, 1] + [4] * 10),  # wrong: 0, 4, 5, which some say, and 1, as most say
+        "layer": run_with([3, 1, 4, 7, 3, 3] + [4] * 10),  # wrong: 0 and 2, as nobody says, and 3, as someone says
+        "group": run_with([0, 1, 2, 0, 3, 3] + [4] * 10),  # all right
     }
     table = people_table(runs, data, votes)
     assert list(table.index) == ["batch", "layer", "group", "all test images"]
@@ -263,7 +264,7 @@ def test_people_table_by_hand():
     assert table.loc["batch"].tolist() == [4, 75.0, 100.0, 25.0]
     assert table.loc["layer"].tolist() == [3, 33.3, 33.3, 0.0]
     assert table.loc["group"].tolist() == [0, "-", "-", "-"]
-    assert table.loc["all test images"].tolist() == [6, 66.7, "-", "-"]
+    assert table.loc["all test images"].tolist() == [16, 25.0, "-", "-"]
 
 
 @pytest.mark.parametrize(("split", "columns"), [("validation", 10), ("test", 9)])
@@ -291,18 +292,16 @@ def test_float_images_are_refused(small):
 
 
 def test_vote_table_by_hand():
-    data = SimpleNamespace(test_labels=torch.tensor([0, 1, 2, 0, 6, 6, 6, 6]), split="test", classes=range(10))
-    votes = torch.zeros(8, 10, dtype=torch.int64)
+    data = SimpleNamespace(test_labels=torch.tensor([0, 1, 2, 0] + [6] * 16), split="test", classes=range(10))
+    votes = torch.zeros(20, 10, dtype=torch.int64)
     votes[4:, 6] = 50  # most people say what the label says
     votes[0, 0], votes[0, 1] = 20, 30  # most people say 1
     votes[1, 2], votes[1, 3], votes[1, 1] = 20, 15, 15  # the commonest answer is not the label, but no majority
     votes[2, 5] = 50
     votes[3, 0], votes[3, 4] = 24, 26
     runs = {
-        "batch": [
-            run_with([*seed, 6, 6, 0, 0]) for seed in ([1, 2, 5, 0], [1, 2, 2, 0], [0, 2, 5, 9])
-        ],  # vote: 1 2 5 0
-        "layer": [run_with([7, 1, 2, 0, 6, 6, 6, 6])],
+        "batch": [run_with(seed + [6, 0] * 8) for seed in ([1, 2, 5, 0], [1, 2, 2, 0], [0, 2, 5, 9])],  # vote: 1 2 5 0
+        "layer": [run_with([7, 1, 2, 0] + [6] * 16)],
     }
     table = vote_table(runs, data, votes)
     assert table.loc["batch"].tolist() == [3, 3, 66.7, 33.3, 0.0]
@@ -311,10 +310,10 @@ def test_vote_table_by_hand():
 
 def test_seeds_that_are_divided_equally_side_with_nobody():
     """Whatever the order of the classes."""
-    data = SimpleNamespace(test_labels=torch.tensor([3, 5, 6, 6]), split="test", classes=range(10))
-    votes = torch.zeros(4, 10, dtype=torch.int64)
-    votes[0, 5], votes[1, 3], votes[2:, 6] = 50, 50, torch.tensor([50, 50])
-    runs = {"batch": [run_with([3, 3, 6, 6]), run_with([5, 5, 6, 6])]}
+    data = SimpleNamespace(test_labels=torch.tensor([3, 5] + [6] * 8), split="test", classes=range(10))
+    votes = torch.zeros(10, 10, dtype=torch.int64)
+    votes[0, 5], votes[1, 3], votes[2:, 6] = 50, 50, torch.tensor(50)
+    runs = {"batch": [run_with([3, 3] + [6] * 8), run_with([5, 5] + [6] * 8)]}
     assert vote_table(runs, data, votes).loc["batch"].tolist() == [2, 2, 0.0, 0.0, 100.0]
 
 

@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from conftest import ROOT, Evil, child, refused, run_together, same
 from torch import nn
 
+import models
 import utils
 from engine import fast, files, records
 from engine.data import Data
@@ -1191,6 +1192,51 @@ def test_a_checkpoint_of_other_code_or_another_machine_is_refused(
 ):
     monkeypatch.setattr(owner, name, value)
     refused(lambda: trained(finished), ValueError, f"is a checkpoint with {difference} ")
+
+
+def test_files_that_the_training_imports_count(tmp_path, monkeypatch):
+    """Such as helpers that an edited models.py imports, and what these import."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_deeper.py").write_text("SLOPE = 1\n")
+    (tmp_path / "own_tricks.py").write_text("import own_deeper\ndef clip(x):\n    return x\n")
+    before = fingerprint_of(Block())
+    monkeypatch.setattr(models, "clip", importlib.import_module("own_tricks").clip, raising=False)
+    prints = [before, fingerprint_of(Block())]
+    for name in ("own_tricks", "own_deeper"):
+        (tmp_path / f"{name}.py").write_text("# edited\n")
+        prints.append(fingerprint_of(Block()))
+    assert len({one["training code"] for one in prints}) == 4
+
+
+def test_a_function_in_a_folder_without_init_counts(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_folder").mkdir()
+    (tmp_path / "own_folder" / "norms.py").write_text("SLOPE = 1\ndef act(x):\n    return SLOPE * x\n")
+    norms = importlib.import_module("own_folder.norms")
+    curve = written("def curve(self, x): return own_folder.norms.act(x)", own_folder=sys.modules["own_folder"])
+    before = fingerprint_of(subclass(curve=curve))
+    norms.SLOPE = 2
+    assert fingerprint_of(subclass(curve=curve)) != before
+
+
+def test_a_class_made_by_exec_counts():
+    """Without a __name__ among its globals it says that it is Python's own."""
+    found = []
+    for slope in (1, 2):
+        scope = {"Block": Block}
+        exec(f"class Own(Block):\n    state_in_buffers = True\n    slope = {slope}\n", scope)
+        assert scope["Own"].__module__ == "builtins"
+        found.append(fingerprint_of(scope["Own"]()))
+    assert found[0] != found[1]
+
+
+def test_a_checkout_behind_a_link_is_the_same_code(tmp_path):
+    """Of its functions no globals are told, since its files count."""
+    (tmp_path / "link").symlink_to(ROOT)
+    path = tmp_path / "link" / "models.py"
+    scope = {"__name__": "models", "GAIN": 1}
+    exec(compile("def curve(self, x): return GAIN * x", str(path), "exec"), scope)
+    assert records._globals(scope["curve"]) == []
 
 
 def test_the_code_of_every_room_that_computes_counts():

@@ -10,7 +10,7 @@ from scipy import stats
 
 from engine import records
 from engine.statistics import contrast
-from experiments import figures, sweeps, tables
+from experiments import figures, sweeps, tables, tuning
 from experiments.tables import decimal_round, show
 
 ROWS = tables.read_results()
@@ -107,6 +107,20 @@ def test_a_new_seed_of_another_setting_is_not_pooled(table, change):
     other = ROWS[(ROWS["study"] == "main") & (ROWS["net"] == "NetB")].iloc[:1].assign(seed=10, **change)
     with pytest.raises(ValueError, match=rf"^runs differ in {next(iter(change))}; give runs of one setting$"):
         table(pd.concat([ROWS, other]))
+
+
+def test_a_variant_is_set_beside_runs_without_it():
+    """Which have nan in its column."""
+    runs = tables.part_runs(ROWS)
+    runs = runs[(runs["optimizer"] == "Muon") & (runs["layer_variant"].isin(["C,H,W"]) | (runs["norm"] != "layer"))]
+    found = tables.leads(runs, ["convolution"])
+    assert len(found) == 2
+    assert found.index.get_level_values(0).isna().tolist() == [False, True]
+    assert len(tables.spread(runs[runs["norm"] == "batch"], "convolution")) == 2
+    alone = pd.DataFrame({"k": [np.nan, "a", "a", "a"], "seed": [0, 0, 1, 2], "validation_accuracy": [80.0, 1, 2, 3]})
+    assert tuning.validation_means(alone, ["k"]).tolist() == [2.0, 80.0]
+    with pytest.raises(ValueError, match=r"^nan has 1 of 3 seeds; run what is missing of its sweep first$"):
+        tuning.check_seeds(alone, ["k"], 3)
 
 
 def test_repeats_of_two_settings_are_not_pooled():

@@ -80,8 +80,8 @@ MUTATIONS = [
     (
         "a checkpoint of other code is refused",
         "engine/records.py",
-        "_digest([*COMPUTED.values()])",
-        "_digest([])",
+        "_digest([*COMPUTED.values(), ",
+        "_digest([",
         f"{RECORDS}::test_a_checkpoint_of_other_code_or_another_machine_is_refused",
     ),
     (
