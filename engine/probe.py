@@ -47,7 +47,7 @@ def mean_spread(net, name, images, size=1):
     size    images that share a mean: those of a batch for batch norm, 1 for layer and group norm
 
     Returns a row per layer: net, images (the size), layer, spread. ValueError unless `size` divides N into two
-    or more, and for norms that are neither an nn.BatchNorm2d nor an nn.GroupNorm.
+    or more, for norms that are neither an nn.BatchNorm2d nor an nn.GroupNorm, and for layers that share one.
     """
     if size < 1 or len(images) % size or len(images) < 2 * size:
         raise ValueError(f"size is {size}; give a divisor of the {len(images)} images that is at most half of them")
@@ -76,6 +76,8 @@ def mean_spread(net, name, images, size=1):
     rows = []
     for layer, parts in found.items():
         variance, mean = (torch.cat(values) for values in zip(*parts, strict=True))
+        if len(mean) * size != len(images):
+            raise ValueError(f"{layer}, or its norm, is applied more than once; give each layer its own")
         spread = (mean.var(0).mean() / variance.mean()).sqrt().item()
         rows.append({"net": name, "images": size, "layer": layer, "spread": round(spread, 5)})
     return rows

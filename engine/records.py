@@ -3,6 +3,7 @@
 A problem is one line that names the file: OSError when it can't be written, ValueError when its content won't do.
 """
 
+import ast
 import contextlib
 import csv
 import dis
@@ -43,7 +44,7 @@ HISTORY = ("epoch", "loss", "train_accuracy", "test_accuracy", "learning_rate", 
 NON_KEY_COLUMNS = {"parameters", "train_accuracy", "test_accuracy", "validation_accuracy", "test_loss", "seconds"}
 NON_KEY_COLUMNS |= {"device", "torch", "commit", "status", "precision", "step"}
 # Columns whose values are texts, whatever they look like: a study "1.10" is not "1.1", and 1234e56 is a commit.
-TEXTS = ("study", "dataset", "net", "norm", "commit")
+TEXTS = ("study", "dataset", "net", "norm", "commit", "true", "predicted")
 OF_ALL_MODULES = set(vars(torch.nn.Module()))
 PLAIN = bool | int | float | complex | str | bytes | slice | range | types.NoneType | types.EllipsisType
 PLAIN |= torch.dtype | torch.device | torch.layout | torch.memory_format
@@ -394,17 +395,27 @@ def fingerprint(net, data, settings, track, precision=None, optimizer=None):
 
 def _imported_code():
     """Return the contents of the files outside this project that those in COMPUTED import, and that these import."""
-    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in COMPUTED]
-    found = {}
-    for name in names:
-        for value in vars(sys.modules[name]).values() if name in sys.modules else ():
-            other = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
-            if isinstance(other, str) and other not in names and _is_own_module(sys.modules.get(other)):
-                path = _file_of(sys.modules[other])
-                if path not in LOADED and path.is_file():
-                    found[path] = path.read_bytes()
-                    names.append(other)
+    sources, found = [*COMPUTED.values()], {}
+    for source in sources:
+        for name in _imports(source):
+            path = _file_of(sys.modules[name]) if _is_own_module(sys.modules.get(name)) else None
+            known = path is None or path in COMPUTED or (path.parent.name == "engine" and path.stem in NOT_COMPUTING)
+            if not known and path not in found and path.is_file():
+                found[path] = path.read_bytes()
+                sources.append(found[path])
     return [found[path] for path in sorted(found)]
+
+
+@functools.cache
+def _imports(source):
+    """List the modules that Python source may import, by name."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {one.name for one in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names |= {node.module, *(f"{node.module}.{one.name}" for one in node.names)}
+    return sorted(names)
 
 
 def attributes(net, optimizer=None):
@@ -528,7 +539,8 @@ class _Description:
             self.give_name(value)
             return value.__qualname__, _digest([(name, self.of(member)) for name, member in _members(value)])
         if _is_own_module(value) and _file_of(value).is_file():
-            return value.__name__, _digest(_file_of(value).read_bytes())
+            values = {name: one for name, one in vars(value).items() if name[:2] != "__" and isinstance(one, PLAIN)}
+            return value.__name__, _digest([_file_of(value).read_bytes(), self.of(values)])
         if isinstance(value, type | types.ModuleType | np.ufunc):
             return kind, getattr(value, "__module__", ""), value.__name__
         raise TypeError(f"a {type(value).__qualname__}")

@@ -424,7 +424,7 @@ def without_row(sweep, wanted, rows):
 
 
 def select(rows, **settings):
-    """Select the rows that have these settings, a value each or several: select(rows, study="main").
+    """Select the rows that have these settings, a value each or several: select(rows, study="main"); "" finds nan, too.
 
     ValueError for a study without rows.
     """
@@ -432,7 +432,7 @@ def select(rows, **settings):
         values = value if isinstance(value, tuple | list) else [value]
         for study in set(values).difference(rows["study"]) if name == "study" else ():
             raise ValueError(f"{study} has no finished runs; python -m experiments.run --dry-run says what is missing")
-        rows = rows[rows[name].isin(values)]
+        rows = rows[rows[name].isin(values) | (rows[name].isna() & ("" in values))]
     return rows
 
 

@@ -148,7 +148,7 @@ def number_text(name, value, digits):
         return "-"
     if str(name).startswith("p,"):
         return "< 0.001" if value < 0.001 else f"{decimal_round(value, 3)}"
-    if name in ("learning rate", "weight decay", "momentum", "label smoothing", "warmup"):
+    if str(name).replace("_", " ") in ("learning rate", "weight decay", "momentum", "label smoothing", "warmup"):
         return f"{value:g}"
     return f"{value:,}" if isinstance(value, int | np.integer) else f"{decimal_round(value, digits):,}"
 
@@ -610,7 +610,9 @@ def leads(runs, keys, column="test_accuracy"):
         for first, second in LEADS:
             line |= columns_of(contrast(of[first], of[second]), f"{first} minus {second}")
         lines[key] = line
-    return pd.DataFrame.from_dict(lines, "index").rename_axis(keys)
+    # Not from_dict, which loses lines whose key holds nan.
+    index = pd.Index(lines, name=keys) if isinstance(keys, str) else pd.MultiIndex.from_tuples(lines, names=keys)
+    return pd.DataFrame(list(lines.values()), index)
 
 
 def surface(rows):

@@ -284,6 +284,17 @@ def test_votes_that_mostly_contradict_the_labels_are_refused(small):
             table({}, small, votes.roll(1, 1))
 
 
+@pytest.mark.parametrize("shared", ["block", "norm"])
+def test_spread_of_shared_layers_is_refused(small, shared):
+    net = models.NetC()
+    if shared == "block":
+        net.C5 = net.C4
+    else:
+        net.C5.norm = net.C4.norm
+    with pytest.raises(ValueError, match=r"^C4, or its norm, is applied more than once; give each layer its own$"):
+        mean_spread(net, "NetC", small.test_images[:4])
+
+
 def test_float_images_are_refused(small):
     images = small.test_images[:4] / 255
     for measure in (lambda net: mean_spread(net, "NetA", images, 2), lambda net: class_activation_maps(net, images)):

@@ -33,7 +33,6 @@ import torch.nn.functional as F
 from conftest import ROOT, Evil, child, refused, run_together, same
 from torch import nn
 
-import models
 import utils
 from engine import fast, files, records
 from engine.data import Data
@@ -1198,14 +1197,21 @@ def test_files_that_the_training_imports_count(tmp_path, monkeypatch):
     """Such as helpers that an edited models.py imports, and what these import."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "own_deeper.py").write_text("SLOPE = 1\n")
-    (tmp_path / "own_tricks.py").write_text("import own_deeper\ndef clip(x):\n    return x\n")
-    before = fingerprint_of(Block())
-    monkeypatch.setattr(models, "clip", importlib.import_module("own_tricks").clip, raising=False)
-    prints = [before, fingerprint_of(Block())]
-    for name in ("own_tricks", "own_deeper"):
-        (tmp_path / f"{name}.py").write_text("# edited\n")
+    (tmp_path / "own_tricks.py").write_text("from own_deeper import SLOPE\n")
+    importlib.import_module("own_tricks")
+    edited = records.COMPUTED[ROOT / "models.py"] + b"\nfrom own_tricks import SLOPE\n"
+    monkeypatch.setitem(records.COMPUTED, ROOT / "models.py", edited)
+    prints = [fingerprint_of(Block())]
+    for name in ("own_deeper", "own_tricks"):
+        (tmp_path / f"{name}.py").write_text("from own_deeper import SLOPE  # edited\n")
         prints.append(fingerprint_of(Block()))
-    assert len({one["training code"] for one in prints}) == 4
+    assert len({one["training code"] for one in prints}) == 3
+
+
+def test_a_module_that_is_held_counts_with_its_numbers(monkeypatch):
+    before = fingerprint_of(subclass(f=variants))
+    monkeypatch.setattr(variants, "SLOPE", 2, raising=False)
+    assert fingerprint_of(subclass(f=variants)) != before
 
 
 def test_a_function_in_a_folder_without_init_counts(tmp_path, monkeypatch):

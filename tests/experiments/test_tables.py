@@ -117,10 +117,20 @@ def test_a_variant_is_set_beside_runs_without_it():
     assert len(found) == 2
     assert found.index.get_level_values(0).isna().tolist() == [False, True]
     assert len(tables.spread(runs[runs["norm"] == "batch"], "convolution")) == 2
+    numbers = runs.assign(dropout=np.where(runs["convolution"].isna(), np.nan, 0.1), convolution="")
+    assert tables.leads(numbers, ["dropout"]).to_numpy().tolist() == found.to_numpy().tolist()
+    assert len(tables.select(ROWS, study="part", convolution="")) == len(ROWS.query("study == 'part'")) - len(
+        tables.select(ROWS, study="part", convolution="standardized")
+    )
     alone = pd.DataFrame({"k": [np.nan, "a", "a", "a"], "seed": [0, 0, 1, 2], "validation_accuracy": [80.0, 1, 2, 3]})
     assert tuning.validation_means(alone, ["k"]).tolist() == [2.0, 80.0]
     with pytest.raises(ValueError, match=r"^nan has 1 of 3 seeds; run what is missing of its sweep first$"):
         tuning.check_seeds(alone, ["k"], 3)
+
+
+def test_rates_are_shown_whole_whatever_the_column_is_called():
+    frame = pd.DataFrame({"learning_rate": [0.003], "weight decay": [0.167], "other": [0.167]})
+    assert show(frame).iloc[0].tolist() == ["0.003", "0.167", "0.17"]
 
 
 def test_repeats_of_two_settings_are_not_pooled():
