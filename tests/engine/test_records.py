@@ -1208,6 +1208,20 @@ def test_files_that_the_training_imports_count(tmp_path, monkeypatch):
     assert len({one["training code"] for one in prints}) == 3
 
 
+def test_imports_are_found_in_every_form():
+    source = b"""import a.b as c, d
+from e.f import g as h
+    from i import (
+        j,
+        k,
+    )  # and more
+x = "no import"
+"""
+    found = set(records._imports(source))
+    assert found >= {"a.b", "d", "e.f", "e.f.g", "i", "i.j", "i.k"}
+    assert not found & {"x", "no", "and", "more"}
+
+
 def test_a_module_that_is_held_counts_with_its_numbers(monkeypatch):
     before = fingerprint_of(subclass(f=variants))
     monkeypatch.setattr(variants, "SLOPE", 2, raising=False)
