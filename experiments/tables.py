@@ -672,7 +672,7 @@ def controls(rows):
     runs = runs.assign(optimizer=runs["optimizer"].map(TUNED))
     runs = pd.concat([runs, step_runs(rows).assign(optimizer=lambda own: own["step"])])
     lines = {}
-    for key, own in runs.groupby(keys, sort=False, dropna=False):
+    for key, own in runs.groupby(keys, sort=False):
         if "none" in set(own["norm"]):
             found = without_norm(own)
             line = {"n": len(select(own, norm="none"))}
