@@ -112,9 +112,9 @@ def train(net, data, settings, label="", track=True, fused=None, checkpoint=None
     (seconds from the start, without pauses). Equal settings, machine, torch, Triton and threads give equal weights.
 
     ValueError, see `engine.trainer.Trainer`, also when the checkpoint is damaged or of another run, or might not hold
-    all that the net keeps, see `engine.fast.reason_against_copy`; TypeError unless `net` is a models.Net; MemoryError
-    when a batch takes more than the GPU has; FloatingPointError when a gradient is not finite. A call with `checkpoint`
-    that is interrupted leaves `net` as it was before.
+    all that the net keeps or computes from, see `engine.fast.reason_against_copy` and `engine.records.attributes`;
+    TypeError unless `net` is a models.Net; MemoryError when a batch takes more than the GPU has; FloatingPointError
+    when a gradient is not finite. A call with `checkpoint` that is interrupted leaves `net` as it was before.
     """
     started = time.perf_counter()
     check_kind(net)
@@ -221,8 +221,8 @@ class Run:
 def run(name, data, settings, study="main", track=True, checkpoints=None):
     """Build, train and score the net called `name`; see `build`, `train` and `test`.
 
-    study        a name for the run's row. The row does not tell apart runs on other training images or labels, such as
-                 noisy ones: give each a study of its own
+    study        a name for the run's row, after "synthetic" on synthetic data. The row does not tell apart runs on other
+                 training images or labels, such as noisy ones: give each a study of its own
     checkpoints  folder for the run's checkpoint, in that of `save_runs`: what that would refuse is refused at once
     """
     check_text("study", study)

@@ -47,7 +47,7 @@ def mean_spread(net, name, images, size=1):
     size    images that share a mean: those of a batch for batch norm, 1 for layer and group norm
 
     Returns a row per layer: net, images (the size), layer, spread. ValueError unless `size` divides N into two
-    or more, for norms that are neither an nn.BatchNorm2d nor an nn.GroupNorm, and for layers that share one.
+    or more, for norms that are neither an nn.BatchNorm2d nor an nn.GroupNorm, and for layers that share a norm.
     """
     if size < 1 or len(images) % size or len(images) < 2 * size:
         raise ValueError(f"size is {size}; give a divisor of the {len(images)} images that is at most half of them")
@@ -117,7 +117,10 @@ def overlap(mistakes):
 
 
 def check_votes(votes, data):
-    """Raise ValueError unless `votes` can be people's answers on the test images of `data`: mostly their labels."""
+    """Raise ValueError unless `votes` can be people's answers on the test images of `data`.
+
+    Each image has some, and for 80% of them or more the label is the commonest.
+    """
     right = data.split == "test" and votes.shape == (len(data.test_labels), len(data.classes))
     right = right and votes.sum(1).min() > 0
     if not right or (votes.argmax(1) == data.test_labels.cpu()).float().mean() < 0.8:

@@ -48,8 +48,8 @@ OF_ALL_MODULES = set(vars(torch.nn.Module()))
 PLAIN = bool | int | float | complex | str | bytes | slice | range | types.NoneType | types.EllipsisType
 PLAIN |= torch.dtype | torch.device | torch.layout | torch.memory_format
 CODE_PARTS = ("co_code", "co_consts", "co_names", "co_varnames", "co_freevars", "co_exceptiontable", "co_flags")
-ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD")
-CODE_PARTS += ("co_argcount", "co_posonlyargcount", "co_kwonlyargcount")
+CODE_PARTS += ("co_argcount", "co_posonlyargcount", "co_kwonlyargcount")  # of a code object, see `_Description`
+ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD")  # instructions that read one, see `_globals`
 _commit = None  # see set_commit
 
 
@@ -197,7 +197,7 @@ def read_right(path):
         try:
             bits, images = np.unpackbits(np.frombuffer(bytes.fromhex(row["right"]), np.uint8)), int(row["images"])
             if len(bits) != 8 * math.ceil(images / 8) or table.duplicated(["net", "seed"]).any():
-                raise ValueError("a row is not as long as its images are many, or a seed is there twice")
+                raise ValueError("a row has more or fewer digits than images, or a seed is there twice")
             found.setdefault(row["net"], []).append(bits[:images].astype(bool))
         except (KeyError, ValueError) as error:
             raise ValueError(f"{path} holds no images that were right: {error}") from None
@@ -365,7 +365,8 @@ def weights_hash(state_dict):
 def fingerprint(net, data, settings, track, precision=None, optimizer=None):
     """Return, as numbers and texts, what must be the same for a run to be the same; `net` is not yet trained.
 
-    optimizer  the function that makes it
+    precision  a text: the number type of training, and whose step
+    optimizer  the function that makes it, of `engine.trainer.OPTIMIZERS`
 
     Of this project's own modules it takes the files, and can't see what is swapped in them at run time. ValueError for
     a buffer that a checkpoint would not hold, and what `attributes` raises.

@@ -1,5 +1,6 @@
 """Rows, checkpoints and fingerprints: nothing is lost, nothing of another run is taken, nothing damaged is read."""
 
+import abc
 import cmath
 import collections
 import csv
@@ -163,7 +164,7 @@ def test_rows_of_right_images_that_are_cut_or_there_twice_are_refused(tmp_path, 
     records.upsert(tmp_path / "right.csv", rows)
     assert records.read_right(tmp_path / "right.csv")["NetA"].shape == (1, 12)
     (tmp_path / "right.csv").write_text(f"net,seed,images,right\nNetA,0,12,ffff\nNetA,{seed},12,{right}\n")
-    with pytest.raises(ValueError, match=r"right.csv holds no images that were right: a row is not as long as"):
+    with pytest.raises(ValueError, match=r"right.csv holds no images that were right: a row has more or fewer digits"):
         records.read_right(tmp_path / "right.csv")
 
 
@@ -1206,6 +1207,24 @@ def test_files_that_the_training_imports_count(tmp_path, monkeypatch):
         (tmp_path / f"{name}.py").write_text("from own_deeper import SLOPE  # edited\n")
         prints.append(fingerprint_of(Block()))
     assert len({one["training code"] for one in prints}) == 3
+
+
+def test_abstract_classes_have_a_fingerprint():
+    def make(number):
+        class Own(Block, abc.ABC):
+            state_in_buffers = True
+            gain = number
+
+        return Own()
+
+    prints = [fingerprint_of(make(number)) for number in (1, 1, 2)]
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_class_names_that_look_like_numbers_are_read_as_texts(tmp_path):
+    records.upsert(tmp_path / "mistakes.csv", {"net": "NetA", "index": 3, "true": "0", "predicted": "10"}, "index")
+    [row] = records.read_rows(tmp_path / "mistakes.csv").to_dict("records")
+    assert (row["index"], row["true"], row["predicted"]) == (3, "0", "10")
 
 
 def test_imports_are_found_in_every_form():

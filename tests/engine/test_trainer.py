@@ -620,6 +620,34 @@ def centralize(weight):
     weight.grad = (gradient - gradient.mean(1, keepdim=True)).view(weight.shape)
 
 
+class Gradients(torch.autograd.Function):
+    """Notes the largest gradient that reaches it."""
+
+    found = ()
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        Gradients.found += (gradient.abs().max().item(),)
+        return gradient
+
+
+def test_on_a_cpu_modules_of_ones_own_see_gradients_as_they_are(small):
+    """In low precision, too: only float16 needs a scaled loss."""
+    Gradients.found = ()
+    for promise in (True, False):
+        members = {"state_in_buffers": promise, "forward": lambda self, x: Gradients.apply(x)}
+        net = utils.build("NetB", Settings())
+        net.GAP = nn.Sequential(net.GAP, type("Seen", (nn.Module,), members)())
+        trainer = Trainer(net, small, Settings(epochs=1, batch_size=50, augment="none"))
+        next(trainer.epoch())
+    assert len(Gradients.found) == 2
+    assert Gradients.found[0] == pytest.approx(Gradients.found[1], rel=0.1)
+
+
 OWN_CODE = {  # what a user may do to a net, by name; each is called with a NetB
     "an attribute that counts": lambda net: setattr(net.C5, "activation", Counting()),
     "a running mean that is no buffer": lambda net: setattr(net.C5, "norm", Centered(8)),
