@@ -221,8 +221,8 @@ class Run:
 def run(name, data, settings, study="main", track=True, checkpoints=None):
     """Build, train and score the net called `name`; see `build`, `train` and `test`.
 
-    study        a name for the run's row, after "synthetic" on synthetic data. The row does not tell apart runs on other
-                 training images or labels, such as noisy ones: give each a study of its own
+    study        a name for the run's row, after "synthetic" on synthetic data. The row does not tell apart runs on
+                 other training images or labels, such as noisy ones: give each a study of its own
     checkpoints  folder for the run's checkpoint, in that of `save_runs`: what that would refuse is refused at once
     """
     check_text("study", study)
