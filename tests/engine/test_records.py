@@ -1228,14 +1228,8 @@ def test_class_names_that_look_like_numbers_are_read_as_texts(tmp_path):
 
 
 def test_imports_are_found_in_every_form():
-    source = b"""import a.b as c, d
-from e.f import g as h
-    from i import (
-        j,
-        k,
-    )  # and more
-x = "no import"
-"""
+    lines = ["import a.b as c, d", "from e.f import g as h", "    from i import (", "        j,", "    k)  # and more"]
+    source = "\n".join([*lines, 'x = "no import"']).encode()
     found = set(records._imports(source))
     assert found >= {"a.b", "d", "e.f", "e.f.g", "i", "i.j", "i.k"}
     assert not found & {"x", "no", "and", "more"}
