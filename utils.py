@@ -19,12 +19,12 @@ from torch import nn
 from tqdm import tqdm
 
 import models
-from engine import fast, files, records
+from engine import checkpoints, fast, files, hashes, records
 from engine.data import check_images, check_text, normalize
 from engine.figures import COLORS, save_figure, title
 from engine.probe import check_votes, describe_votes, eval_mode
 from engine.statistics import contrast
-from engine.trainer import OPTIMIZERS, Trainer, check_input, check_kind, takes_fused_step
+from engine.trainer import DEFINED, OPTIMIZERS, Trainer, check_input, check_kind, takes_fused_step
 from models import NORM_OF, choose, show, whole_number
 
 NETS = ("NetA", "NetB", "NetC")
@@ -112,7 +112,7 @@ def train(net, data, settings, label="", track=True, fused=None, checkpoint=None
     (seconds from the start, without pauses). Equal settings, machine, torch, Triton and threads give equal weights.
 
     ValueError, see `engine.trainer.Trainer`, also when the checkpoint is damaged or of another run, or might not hold
-    all that the net keeps or computes from, see `engine.fast.reason_against_copy` and `engine.records.attributes`;
+    or tell all that the net computes from, see `engine.fast.reason_against_copy` and `engine.checkpoints.fingerprint`;
     TypeError unless `net` is a models.Net; MemoryError when a batch takes more than the GPU has; FloatingPointError
     when a gradient is not finite. A call with `checkpoint` that is interrupted leaves `net` as it was before.
     """
@@ -123,12 +123,15 @@ def train(net, data, settings, label="", track=True, fused=None, checkpoint=None
         fast.keep_memory()
     if checkpoint is not None and (reason := fast.reason_against_copy(net)):
         raise ValueError(f"{reason}; train without a checkpoint, or see CONTRIBUTING.md, A norm of your own")
+    if checkpoint is not None and OPTIMIZERS[settings.optimizer] is not DEFINED.get(settings.optimizer):
+        advice = "add it there, or train without a checkpoint"
+        raise ValueError(f"optimizer {settings.optimizer!r} is not that of engine/trainer.py; {advice}")
     if checkpoint is not None:
         files.check_path(checkpoint)
         checkpoint = Path(checkpoint).expanduser()
     net.to(device)
     history = []
-    with contextlib.nullcontext() if checkpoint is None else records.restored_on_error(net):
+    with contextlib.nullcontext() if checkpoint is None else checkpoints.restored_on_error(net):
         try:
             trainer = Trainer(net, data, settings, fused)
         except torch.OutOfMemoryError:
@@ -136,15 +139,14 @@ def train(net, data, settings, label="", track=True, fused=None, checkpoint=None
             raise MemoryError(f"{message}; try {max(1, settings.batch_size // 2)}") from None
         if checkpoint is not None:
             step = f"fused step of Triton {trainer.fused.triton_version}" if trainer.fused else "PyTorch's step"
-            precision, optimizer = f"{trainer.dtype}, {step}", OPTIMIZERS[settings.optimizer]
-            run = records.fingerprint(net, data, settings, track, precision, optimizer)
-            saved = records.read_checkpoint(checkpoint, run, trainer.steps_per_epoch, trainer.state_dict())
+            run = checkpoints.fingerprint(net, data, settings, track, f"{trainer.dtype}, {step}")
+            saved = checkpoints.read_checkpoint(checkpoint, run, trainer.steps_per_epoch, trainer.state_dict())
             if saved:
                 run, history = saved["fingerprint"], saved["history"]
                 trainer.load_state_dict(saved["state"])
                 started -= history[-1]["elapsed"] if history else 0
             else:  # so that a run that ends in its first epoch is not resumed from half-trained weights
-                records.write_checkpoint(checkpoint, run, history, trainer.state_dict())
+                checkpoints.write_checkpoint(checkpoint, run, history, trainer.state_dict())
         written = time.perf_counter()
         form = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}{postfix}"
         wait = 1 if sys.stdout.isatty() else 10  # seconds: a notebook saves each
@@ -163,7 +165,7 @@ def train(net, data, settings, label="", track=True, fused=None, checkpoint=None
                 history.append(dict(zip(records.HISTORY, values, strict=True)))
                 due = epoch == settings.epochs or time.perf_counter() - written >= CHECKPOINT_SECONDS
                 if checkpoint is not None and due:
-                    records.write_checkpoint(checkpoint, run, history, trainer.state_dict())
+                    checkpoints.write_checkpoint(checkpoint, run, history, trainer.state_dict())
                     written = time.perf_counter()
                 message = f"epoch {epoch}, loss {loss:.3f}, train {accuracy:.1f}%"
                 bar.set_postfix_str(message + (f", {data.split} {tested:.1f}%" if track else ""), refresh=False)
@@ -210,7 +212,7 @@ class Run:
     history: list
     scores: Scores
     row: dict
-    images: str = ""  # engine.records.test_hash of what it was scored on
+    images: str = ""  # engine.hashes.test_hash of what it was scored on
 
     @property
     def name(self):
@@ -277,7 +279,7 @@ def finish(name, net, data, settings, history, study, seconds, diverged=False, f
         "commit": records.code_commit(),
         "status": "diverged" if diverged else "done",
     }
-    return Run(net, history, scores, row, records.test_hash(data))
+    return Run(net, history, scores, row, hashes.test_hash(data))
 
 
 def save_runs(runs, data, folder):
@@ -294,7 +296,7 @@ def save_runs(runs, data, folder):
     first, name, seeds = runs[0], runs[0].row["net"], [one.row["seed"] for one in runs]
     mistakes = mistakes_table(first, data)
     predictions = torch.stack([one.scores.predictions for one in runs]).numpy()
-    labels, images = data.test_labels.cpu().numpy(), records.test_hash(data)
+    labels, images = data.test_labels.cpu().numpy(), hashes.test_hash(data)
     records.save_predictions(results / "predictions.npz", name, seeds, predictions, labels, images)
     records.upsert(results / "runs.csv", [one.row for one in runs])
     records.upsert(results / "history.csv", records.history_table(runs), key={"net": name})
@@ -302,7 +304,7 @@ def save_runs(runs, data, folder):
     weights = {key: value.cpu().contiguous() for key, value in first.net.state_dict().items()}
     files.save_tensors(folder / "weights" / f"{name}.pt", weights)
     for one in runs:
-        records.remove_checkpoint(folder / "checkpoints" / f"{name}-{one.row['seed']}.pt", one.history)
+        checkpoints.remove_checkpoint(folder / "checkpoints" / f"{name}-{one.row['seed']}.pt", one.history)
 
 
 def summarize(rows):

@@ -1,26 +1,16 @@
-"""Rows of results, checkpoints, and the fingerprint of a run.
+"""Rows of results, predictions, and what a row names: device and commit.
 
 A problem is one line that names the file: OSError when it can't be written, ValueError when its content won't do.
 """
 
-import contextlib
 import csv
-import dis
-import enum
 import functools
-import hashlib
 import io
 import itertools
 import math
-import operator
 import os
 import re
 import subprocess
-import sys
-import types
-import weakref
-import zipfile
-from dataclasses import asdict
 from decimal import Decimal
 from pathlib import Path
 
@@ -29,27 +19,19 @@ import pandas as pd
 import torch
 
 from engine import files
-from engine.files import ROOT, check_path, read_bytes, replacement, save_tensors
+from engine.files import ROOT, read_bytes, replacement
+from engine.hashes import test_hash
 
 # Read now: a process computes with what it loaded, whatever is edited later.
 LOADED = [ROOT / f"{name}.py" for name in ("models", "utils", "hubconf")]
 LOADED += [path for folder in ("engine", "experiments") for path in sorted((ROOT / folder).glob("*.py"))]
 LOADED = {path: path.read_bytes() for path in LOADED if path.is_file()}
-NOT_COMPUTING = ("__init__", "download", "figures", "files", "probe", "records", "statistics", "tune")  # in engine/
-COMPUTED = [path for path in LOADED if path.parent.name == "engine" and path.stem not in NOT_COMPUTING]
-COMPUTED = {path: LOADED[path] for path in [*COMPUTED, ROOT / "models.py", ROOT / "utils.py"] if path in LOADED}
 HISTORY = ("epoch", "loss", "train_accuracy", "test_accuracy", "learning_rate", "seconds", "elapsed")  # of each epoch
 # The columns of results/runs.csv that a run measures or notes; all others are its settings and tell rows apart.
 NON_KEY_COLUMNS = {"parameters", "train_accuracy", "test_accuracy", "validation_accuracy", "test_loss", "seconds"}
 NON_KEY_COLUMNS |= {"device", "torch", "commit", "status", "precision", "step"}
 # Columns whose values are texts, whatever they look like: a study "1.10" is not "1.1", and 1234e56 is a commit.
 TEXTS = ("study", "dataset", "net", "norm", "commit", "true", "predicted")
-OF_ALL_MODULES = set(vars(torch.nn.Module()))
-PLAIN = bool | int | float | complex | str | bytes | slice | range | types.NoneType | types.EllipsisType
-PLAIN |= torch.dtype | torch.device | torch.layout | torch.memory_format
-CODE_PARTS = ("co_code", "co_consts", "co_names", "co_varnames", "co_freevars", "co_exceptiontable", "co_flags")
-CODE_PARTS += ("co_argcount", "co_posonlyargcount", "co_kwonlyargcount")  # of a code object, see `_Description`
-ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD")  # instructions that read one, see `_globals`
 _commit = None  # see set_commit
 
 
@@ -134,11 +116,6 @@ def check_writable(path, columns=()):
         header = _table(path, content)[0]
         for name in set(header) - {*columns, *NON_KEY_COLUMNS} if columns else ():
             raise ValueError(f"{path} has a column {name!r}, which tells rows apart and new rows lack; delete it")
-
-
-def test_hash(data):
-    """Return a hash of the test images and labels, which tells data sets apart whatever they are called."""
-    return data_hash(data.test_images, data.test_labels)
 
 
 def save_predictions(path, net, seeds, predictions, labels, data):
@@ -324,383 +301,6 @@ def _table(path, content):
         if len(row) != len(table[0]) or any(field != field.strip() for field in row):
             raise ValueError(f"{path}: line {number} is not {len(table[0])} fields, without space around them; mend it")
     return table
-
-
-def data_hash(*tensors):
-    """Return a hash of the tensors' values, types and shapes, in order, the same on every device.
-
-    It guards against mistakes, not attackers: a sum of 32-bit words, each times 64-bit numbers of its place, modulo
-    2^64. It is computed where they are, a few MB at a time: only what is not contiguous is copied.
-    """
-    block, found = 4096, []  # words
-    for tensor in tensors:
-        flat, sums = tensor.detach().contiguous().flatten(), []
-        for part in flat.split((2**22 if flat.is_cuda else 2**19) // flat.element_size()):
-            part = (part.cpu() if part.device.type == "mps" else part).view(torch.uint8)
-            if len(part) % (4 * block) or part.storage_offset() % 4:
-                part = torch.cat([part, part.new_zeros(-len(part) % (4 * block))])
-            words = part.view(torch.int32).view(-1, block)
-            sums.append(torch.stack([(words * row).sum(1) for row in _multipliers(block, 0, part.device)]))
-        sums = torch.cat(sums, 1)
-        totals = (sums * _multipliers(sums.shape[1], 1, sums.device)).sum(1)
-        found.append((tensor.dtype, tuple(tensor.shape), totals.tolist()))
-    return _digest(found)
-
-
-@functools.lru_cache(64)
-def _multipliers(count, seed, device):
-    numbers = torch.randint(-(2**63), 2**63 - 1, (2, count), generator=torch.Generator().manual_seed(seed))
-    return (numbers | 1).to(device)
-
-
-def _digest(value):
-    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
-
-
-def weights_hash(state_dict):
-    """Return a hash of a state dict's names and values."""
-    return _digest((list(state_dict), data_hash(*state_dict.values())))
-
-
-def fingerprint(net, data, settings, track, precision=None, optimizer=None):
-    """Return, as numbers and texts, what must be the same for a run to be the same; `net` is not yet trained.
-
-    precision  a text: the number type of training, and whose step
-    optimizer  the function that makes it, of `engine.trainer.OPTIMIZERS`
-
-    Of this project's own modules it takes the files, and can't see what is swapped in them at run time. ValueError for
-    a buffer that a checkpoint would not hold, and what `attributes` raises.
-    """
-    device, weights = data.images.device, net.state_dict()
-    for name in (name for name, _ in net.named_buffers() if name not in weights):
-        advice = "register it with persistent=True, or train without a checkpoint"
-        raise ValueError(f"the net's buffer {name} would not be in the checkpoint; {advice}")
-    described = {  # each of two words, which no setting can be called
-        "torch version": str(torch.__version__),
-        "device name": device_name(device),
-        "number format": str(precision),
-        "thread count": torch.get_num_threads() if device.type == "cpu" else None,
-        "training code": _digest([*COMPUTED.values(), *_imported_code()]),
-        "net's attributes": "\n".join(attributes(net, optimizer)),
-        "data name": f"{data.name}, {data.split}",
-        "training images": data_hash(data.images),
-        "training labels": data_hash(data.labels),
-        "test images": data_hash(data.test_images),
-        "test labels": data_hash(data.test_labels),
-        "each epoch tested": bool(track),
-        "initial weights": weights_hash(weights),
-    }
-    return _plain(asdict(settings)) | described
-
-
-def _imported_code():
-    """Return the contents of the files outside this project that those in COMPUTED import, and that these import."""
-    sources, found = [*COMPUTED.values()], {}
-    for source in sources:
-        for name in _imports(source):
-            path = _file_of(sys.modules[name]) if _is_own_module(sys.modules.get(name)) else None
-            known = path is None or path in COMPUTED or (path.parent.name == "engine" and path.stem in NOT_COMPUTING)
-            if not known and path not in found and path.is_file():
-                found[path] = path.read_bytes()
-                sources.append(found[path])
-    return [found[path] for path in sorted(found)]
-
-
-def _imports(source):
-    """List the modules that Python source may import, by name. By its lines: to parse 3,000 of them takes .3 s."""
-    form = r"^[ \t]*(?:from[ \t]+([\w.]+)[ \t]+import[ \t]+(\([^)]*\)|[^\n#]*)|import[ \t]+([^\n#]*))"
-    names = set()
-    for module, parts, modules in re.findall(form, source.decode(), re.MULTILINE):
-        names |= {module, *(f"{module}.{part}" for part in re.findall(r"\w+", parts)), *re.findall(r"[\w.]+", modules)}
-    return sorted(names - {""})
-
-
-def attributes(net, optimizer=None):
-    """List what each module, and each class of one that is not torch's, has as attributes, as lines of text.
-
-    Also the globals that are read, by functions of one's own code, and what `optimizer`, a function, is. ValueError for
-    what can't be told.
-    """
-    told = _Description(net)
-    modules = dict(net.named_modules())
-    classes = dict.fromkeys(cls for module in modules.values() for cls in type(module).__mro__)
-    classes = [cls for cls in classes if not _is_library(cls)]
-    for cls in classes:
-        told.give_name(cls)
-    for path, module in modules.items():
-        own = {name: value for name, value in vars(module).items() if name not in OF_ALL_MODULES}
-        own |= {"__class__": type(module), "_modules": module._modules, "forward": module.forward}
-        for name, value in sorted(own.items()):
-            told.tell(f"{path}.{name}", value)
-    for cls in classes:
-        for name, value in _members(cls):
-            if name != "__init__":  # what it made is there to see
-                told.tell(f"{cls.__qualname__}.{name}", value)
-    told.tell("the optimizer", optimizer)
-    return told.lines
-
-
-def _members(cls):
-    """List what a class has, as pairs of name and value, without what describes it."""
-    members = [(name, value) for name, value in vars(cls).items() if name[:2] != "__" or callable(value)]
-    return sorted([("__mro__", cls.__mro__[1:]), *(pair for pair in members if pair[0] != "_abc_impl")])
-
-
-def _is_library(cls):
-    """Return whether a class is torch's, NumPy's or Python's own, which the version of torch stands for."""
-    made_by_exec = cls.__module__ == "builtins" and cls.__flags__ & 1 << 9  # made by Python code
-    return _is_library_module(cls.__module__) and not made_by_exec
-
-
-def _is_library_module(name):
-    return str(name).partition(".")[0] in {"torch", "numpy", *sys.stdlib_module_names} - {"__main__"}
-
-
-class _Description:
-    """Tells what values are, in lines that are the same in each process: without addresses and the order of sets."""
-
-    def __init__(self, net):
-        parts = [*net.named_buffers(), *net.named_parameters(), *net.named_modules()]
-        self.names = {id(part): (part, f"the net's {name}") for name, part in parts}  # and of what was told
-        self.lines = []
-
-    def give_name(self, value):
-        self.names[id(value)] = value, f"{value.__qualname__} {len(self.names)}"
-
-    def tell(self, name, value):
-        """Add a line. ValueError for what may compute from more than can be told, as an object of one's own class."""
-        try:
-            self.lines.append(f"{name} {self.of(value)!r}")
-        except (RuntimeError, TypeError) as error:  # RuntimeError: a tensor without values
-            reason = str(error).partition("\n")[0]
-            advice = "use numbers, texts, tensors, functions, and lists or dicts of them, or train without one"
-            raise ValueError(f"a checkpoint can't tell what {name} is ({reason}); {advice}") from None
-
-    def of(self, value):
-        """Return what a value is, as texts, numbers and lists or tuples of them; TypeError as in `tell`."""
-        kind = type(value).__name__
-        if id(value) in self.names:
-            return self.names[id(value)][1]
-        if isinstance(value, enum.Enum):
-            return kind, value.name, self.of(value.value)
-        if not _is_library(type(value)):
-            raise TypeError(f"a {type(value).__qualname__}")
-        if isinstance(value, PLAIN):
-            return value
-        if isinstance(value, tuple | list):
-            return kind, [*map(self.of, value)]
-        if isinstance(value, dict):
-            items = [(self.of(key), self.of(item)) for key, item in value.items()]
-            return kind, items, self.of(getattr(value, "default_factory", None))
-        if isinstance(value, set | frozenset):
-            return sorted(repr(self.of(item)) for item in value)
-        if isinstance(value, torch.Tensor):
-            return data_hash(value.to_dense())
-        if isinstance(value, np.ndarray | np.generic):
-            return kind, str(value.dtype), _digest(self.of(value.tolist())) if value.ndim else repr(value.item())
-        if isinstance(value, functools.partial | functools.partialmethod):
-            return self.of((value.func, value.args, value.keywords))
-        if isinstance(value, staticmethod | classmethod):
-            return kind, self.of(value.__func__)
-        if isinstance(value, types.MethodType):
-            return self.of((value.__func__, value.__self__))
-        if isinstance(value, functools.cached_property):
-            return self.of(value.func)
-        if isinstance(value, functools._lru_cache_wrapper):
-            return self.of(value.__wrapped__)
-        if isinstance(value, weakref.ref):
-            return self.of(value())
-        if isinstance(value, property):
-            return self.of((value.fget, value.fset))
-        if isinstance(value, types.CodeType):
-            return [self.of(getattr(value, name)) for name in CODE_PARTS]
-        if isinstance(value, types.FunctionType):
-            self.give_name(value)
-            empty = types.CellType()
-            cells = [cell.cell_contents for cell in value.__closure__ or () if cell != empty]
-            for name, found in _globals(value):
-                self.tell(f"{value.__qualname__}: {name}", found)
-            parts = value.__code__, value.__defaults__, value.__kwdefaults__, cells, vars(value)
-            return value.__qualname__, _digest(self.of(parts))
-        if isinstance(value, operator.methodcaller | operator.itemgetter | operator.attrgetter):
-            return self.of(value.__reduce__())
-        if isinstance(value, types.BuiltinFunctionType):
-            return value.__qualname__, self.of(value.__self__)
-        if isinstance(value, types.MethodDescriptorType | types.WrapperDescriptorType):
-            return value.__qualname__, self.of(value.__objclass__)
-        if isinstance(value, torch._ops.OpOverloadPacket | torch._ops.OpOverload):
-            return str(value)
-        if isinstance(value, torch.no_grad | torch.enable_grad):  # in a decorated function
-            return kind
-        if isinstance(value, type) and not _is_library(value):
-            self.give_name(value)
-            return value.__qualname__, _digest([(name, self.of(member)) for name, member in _members(value)])
-        if _is_own_module(value) and _file_of(value).is_file():
-            values = {name: one for name, one in vars(value).items() if name[:2] != "__" and isinstance(one, PLAIN)}
-            return value.__name__, _digest([_file_of(value).read_bytes(), self.of(values)])
-        if isinstance(value, type | types.ModuleType | np.ufunc):
-            return kind, getattr(value, "__module__", ""), value.__name__
-        raise TypeError(f"a {type(value).__qualname__}")
-
-
-def _file_of(module):
-    """Return the path of a module's file, or of the folder of a package without one; None for one without either."""
-    found = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", ())), None)
-    return Path(os.path.realpath(found)) if isinstance(found, str) else None
-
-
-def _is_own_module(value):
-    is_module = isinstance(value, types.ModuleType) and not _is_library_module(value.__name__)
-    return is_module and bool(path := _file_of(value)) and not _is_installed(path)
-
-
-def _is_installed(path):
-    return bool({"site-packages", "dist-packages"} & set(path.parts))
-
-
-def _globals(function):
-    """List the globals that a function of one's own code reads, also by code within it, as pairs of name and value.
-
-    None of an installed package's function, and of one in COMPUTED. Of a module of one's own, the attributes read.
-    """
-    path = Path(os.path.realpath(function.__code__.co_filename))
-    if _is_library_module(function.__globals__.get("__name__")) or _is_installed(path) or path in COMPUTED:
-        return []
-    codes, found = [function.__code__], {}
-    for code in codes:
-        codes += [part for part in code.co_consts if isinstance(part, types.CodeType)]
-        steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
-        for place, step in enumerate(steps):
-            if step.opname == "LOAD_GLOBAL" and step.argval in function.__globals__:
-                name, value = step.argval, function.__globals__[step.argval]
-                for then in steps[place + 1 :]:
-                    if not (_is_own_module(value) and then.opname in ATTRIBUTE and hasattr(value, then.argval)):
-                        break
-                    name, value = f"{name}.{then.argval}", getattr(value, then.argval)
-                found[name] = value
-    return sorted(found.items(), key=lambda pair: pair[0])
-
-
-def _plain(value):
-    """Return a value in the types that a checkpoint can hold."""
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    value = value.item() if isinstance(value, np.generic) else value
-    return value if value is None or isinstance(value, bool | int | float | str) else repr(value)
-
-
-def write_checkpoint(path, fingerprint, history, state):
-    """Save what a run resumes from: its fingerprint, its history and its state, a nested dict of tensors."""
-    save_tensors(path, {"fingerprint": fingerprint, "history": _plain(history), "state": state})
-
-
-def read_checkpoint(path, fingerprint, steps_per_epoch, like):
-    """Return what `write_checkpoint` saved, a dict of fingerprint, history and state; None when absent.
-
-    like  a state of the same run at any step: the saved one must have its keys, shapes and types
-
-    The net may hold the initial weights or the saved ones; the fingerprint that is returned is of the initial ones.
-    ValueError, which leaves the file, when it is another run's or damaged; what `check_path` raises for `path`.
-    """
-    check_path(path)
-    advice = "delete it to start anew, or name another file"
-    try:
-        if (content := read_bytes(path)) is None:
-            return None
-        saved = load_tensors(content)
-        found, history, state = map(saved.get, ("fingerprint", "history", "state"))
-        differing = [name for name in {**fingerprint, **found} if found.get(name) != fingerprint.get(name)]
-        if differing == ["initial weights"] and weights_hash(state["net"]) == fingerprint["initial weights"]:
-            differing = []  # the net that the run left behind
-        if not differing:
-            _check_progress(found, history, state, steps_per_epoch)
-            _check_form(state, like, "state")
-            torch.Generator(like["global_step"].device).set_state(state["generator"])  # a dry run
-    except Exception as error:  # of many kinds: cut off, altered, not a checkpoint at all
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{path} can't be read as a checkpoint ({reason[0]}); {advice}") from None
-    for name in differing:
-        pair = [str(run.get(name)) for run in (found, fingerprint)]
-        lines = itertools.zip_longest(*(text.splitlines() for text in pair), fillvalue="")
-        pair = next((line for line in lines if line[0] != line[1]), pair)  # the first lines that differ
-        common = "".join(a for a, _ in itertools.takewhile(lambda two: two[0] == two[1], zip(*pair, strict=False)))
-        start = max(len(common) - len(common.lstrip()), len(common) - 60)
-        old, new = ("..." * (len(common) > 60) + text[start:][:90] for text in pair)
-        raise ValueError(f"{path} is a checkpoint with {name} {old}, not {new}; {advice}")
-    return saved
-
-
-def load_tensors(content):
-    """Load the bytes of a file of `torch.save` onto the CPU; running no code. Raises whatever its damage causes."""
-    if zipfile.ZipFile(io.BytesIO(content)).testzip():  # torch.load does not look at the check sums
-        raise ValueError("its check sum is wrong")
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-
-
-def remove_checkpoint(path, history):
-    """Remove the checkpoint of the finished run with this history; leave another run's, whose seconds differ."""
-    try:
-        saved = load_tensors(read_bytes(path))["history"]
-    except Exception:  # of many kinds: absent, or as in `read_checkpoint`
-        return
-    if history and str(saved) == str(_plain(history)):  # as texts, since nan is not nan
-        Path(path).unlink(missing_ok=True)
-
-
-def _check_progress(fingerprint, history, state, steps_per_epoch):
-    epochs, step = len(history), int(state["global_step"])
-    limit = fingerprint.get("epochs", epochs)
-    for number, epoch in enumerate(history, 1):
-        numeric = epoch.keys() == set(HISTORY) and all(type(value) in (int, float) for value in epoch.values())
-        if not numeric or epoch["epoch"] != number or number > limit:
-            raise ValueError(f"epoch {number} of its history is not one of {limit}, with {', '.join(HISTORY)}")
-    if not isinstance(history, list) or step != epochs * steps_per_epoch:
-        raise ValueError(f"its history has {epochs} epochs, its state is after {step} steps")
-    if epochs == 0 and weights_hash(state["net"]) != fingerprint["initial weights"]:
-        raise ValueError("its history is empty, its weights are not the initial ones")
-
-
-def _check_form(value, like, name):
-    if isinstance(value, torch.Tensor) and isinstance(like, torch.Tensor):
-        form, wanted = ((tuple(x.shape), x.dtype, x.layout, x.is_meta, x.requires_grad) for x in (value, like))
-    elif isinstance(value, dict) and isinstance(like, dict):
-        form, wanted = list(value), list(like)
-    else:
-        form, wanted = type(value), type(like)
-    if form != wanted:
-        raise ValueError(f"its {name} is {form}, not {wanted}")
-    for key in like if isinstance(like, dict) else ():
-        _check_form(value[key], like[key], f"{name}[{key!r}]")
-
-
-@contextlib.contextmanager
-def restored_on_error(net):
-    """Put the net's weights, gradients and modes back when anything is raised inside, KeyboardInterrupt too.
-
-    ValueError for what `state_dict` has beside plain tensors, since it could be neither put back nor saved.
-    """
-    for name, value in net.state_dict().items():
-        plain = isinstance(value, torch.Tensor) and value.layout == torch.strided
-        plain = plain and not (value.is_conj() or value.is_neg())
-        # A stride of 0 is that of an expanded tensor.
-        if not plain or any(size > 1 and step == 0 for size, step in zip(value.shape, value.stride(), strict=True)):
-            raise ValueError(f"the net's {name} is no plain tensor, as a checkpoint holds; train without a checkpoint")
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    gradients = [(parameter, parameter.grad) for parameter in net.parameters()]
-    modes = [(module, module.training) for module in net.modules()]
-    try:
-        yield
-    except BaseException:
-        for device in {value.device for value in net.state_dict().values() if value.is_cuda}:
-            torch.cuda.synchronize(device)  # enqueued steps would write after us
-        for module, mode in modes:
-            module.training = mode
-        net.load_state_dict(before)
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        raise
 
 
 def device_name(device):

@@ -80,6 +80,7 @@ OPTIMIZERS = {
     "tensor-norm": functools.partial(muon, rest_lr=1, direction=fix_tensor_norm),
     "filter-norm": functools.partial(muon, rest_lr=1, direction=fix_filter_norm),
 }
+DEFINED = dict(OPTIMIZERS)  # as this file has them, whatever is added at run time
 
 
 def schedule(steps, peak, warmup=0.2, device=None):

@@ -28,7 +28,7 @@ from PIL import Image
 
 import models
 import utils
-from engine import files, records
+from engine import checkpoints, files, hashes, records
 from engine.data import CIFAR10_CLASSES, load_data
 from experiments import ROOT
 from experiments.notebook import Refused, check_notebook, check_shown, check_source, committed
@@ -191,7 +191,7 @@ def differences(found, wanted):
 
 def load(path):
     """Return the net that a file in weights/ is named for, with its weights."""
-    net, weights = getattr(models, path.stem)(), records.load_tensors(path.read_bytes())
+    net, weights = getattr(models, path.stem)(), checkpoints.load_tensors(path.read_bytes())
     wanted = {name: (value.dtype, value.nbytes) for name, value in net.state_dict().items()}
     net.load_state_dict(weights, strict=True)
     for name, value in weights.items():
@@ -228,7 +228,7 @@ def check_weights(folder, predictions, rows, data):
     with naming(folder / PREDICTIONS):
         if predictions["labels"].tolist() != data.test_labels.tolist():
             raise Refused("its labels are not those of CIFAR-10's test images")
-        if predictions["data"] != records.test_hash(data):
+        if predictions["data"] != hashes.test_hash(data):
             raise Refused("it is of other images than CIFAR-10's test images")
     mistakes = records.read_rows(folder / "results" / "mistakes.csv", texts=True)
     for net in utils.NETS:

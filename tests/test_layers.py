@@ -9,7 +9,8 @@ from conftest import ROOT
 
 # Each module and what it may import of this project. A lower room never imports a higher one.
 ENGINE = tuple(
-    f"engine.{name}" for name in ("data", "muon", "fast", "files", "records", "trainer", "probe", "statistics")
+    f"engine.{name}"
+    for name in ("data", "muon", "fast", "files", "hashes", "records", "checkpoints", "trainer", "probe", "statistics")
 )
 MAY_IMPORT = {
     "models": (),
@@ -21,7 +22,9 @@ MAY_IMPORT = {
     "engine.fast": ("models", "engine.records"),
     "engine.kernels": ("models", "engine.fast", "engine.muon"),
     "engine.tune": ("models", *ENGINE, "engine.kernels"),
-    "engine.records": ("engine.files",),
+    "engine.hashes": (),
+    "engine.records": ("engine.files", "engine.hashes"),
+    "engine.checkpoints": ("models", "engine.files", "engine.hashes", "engine.records"),
     "engine.data": ("models", "engine.download"),
     "engine.trainer": ("models", "engine.data", "engine.muon", "engine.fast", "engine.records", "engine.kernels"),
     "engine.probe": ("models", "engine.data"),

@@ -19,7 +19,7 @@ from PIL import Image
 
 import models
 import utils
-from engine import fast, records
+from engine import checkpoints, fast, hashes, records
 from engine.data import Data, normalize
 from engine.figures import COLORS
 from engine.statistics import contrast
@@ -346,7 +346,7 @@ def test_a_run_that_diverges_ends_where_it_does(tiny, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints; what records refuses by itself is in engine/test_records.py
+# Checkpoints; what they refuse by themselves is in engine/test_checkpoints.py
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -416,13 +416,13 @@ def test_an_interrupted_call_without_a_checkpoint_keeps_what_was_learned(tiny, m
 
 
 def test_a_run_writes_its_first_and_last_checkpoint_and_those_that_are_due(tiny, tmp_path, monkeypatch):
-    write, written = records.write_checkpoint, []
+    write, written = checkpoints.write_checkpoint, []
 
     def count(path, run, history, state):
         written.append(len(history))
         write(path, run, history, state)
 
-    monkeypatch.setattr(records, "write_checkpoint", count)
+    monkeypatch.setattr(checkpoints, "write_checkpoint", count)
     for number, seconds in enumerate((3600, 0)):
         monkeypatch.setattr(utils, "CHECKPOINT_SECONDS", seconds)
         trained(tiny, settings=LONG, checkpoint=tmp_path / f"{number}.pt")
@@ -761,7 +761,7 @@ def test_a_folder_of_other_images_with_these_labels_is_refused_before_training(t
     monkeypatch.setattr(Trainer, "step", lambda trainer: pytest.fail("it was trained"))
     gray = tiny.test_images.float().mean(3, keepdim=True).byte().expand(-1, -1, -1, 3).contiguous()
     for other in (replace(tiny, test_images=gray, name="gray"), replace(tiny, test_images=255 - tiny.test_images)):
-        found = records.test_hash(other)
+        found = hashes.test_hash(other)
         runs = [replace(one, row=one.row | {"dataset": other.name}, images=found) for one in two_runs[0]]
         for call in (
             lambda other=other: utils.run("NetB", other, SHORT, checkpoints=tmp_path / "checkpoints"),

@@ -24,7 +24,7 @@ from PIL import Image
 import hubconf
 import models
 import utils
-from engine import files, records
+from engine import files, hashes, records
 from experiments import notebook as notebooks
 from experiments import publish
 from experiments.notebook import Refused, check_notebook
@@ -628,7 +628,7 @@ def test_swapped_weights_are_refused(finished, notebook, real, monkeypatch):
     monkeypatch.setattr(publish, "IMAGES", 1000)
     rows, arrays, mistakes = (
         read_texts(folder / "results" / "runs.csv"),
-        {"labels": few.test_labels.byte().numpy(), "data": np.array(records.test_hash(few))},
+        {"labels": few.test_labels.byte().numpy(), "data": np.array(hashes.test_hash(few))},
         [],
     )
     for net in utils.NETS:

@@ -12,7 +12,7 @@ from conftest import RATES, ROOT
 
 import models
 import utils
-from engine import fast, records
+from engine import checkpoints, fast, records
 from engine.data import synthetic_data
 from engine.trainer import OPTIMIZERS, Trainer, print_once
 from experiments.variants import Experiment
@@ -239,7 +239,7 @@ def test_group_norm_in_float16(groups, mean):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_an_interrupted_run_resumes_bit_for_bit(data, tmp_path, monkeypatch, optimizer, name, fused):
     settings = Settings(epochs=4, augment="flip+crop", optimizer=optimizer, learning_rate=RATES[optimizer])
-    path, write = tmp_path / "run.pt", records.write_checkpoint
+    path, write = tmp_path / "run.pt", checkpoints.write_checkpoint
     whole = utils.build(name, settings)
     utils.train(whole, data, settings, track=False, fused=fused)
 
@@ -248,7 +248,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(data, tmp_path, monkeypatch, opt
         if len(history) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(records, "write_checkpoint", write_two)
+    monkeypatch.setattr(checkpoints, "write_checkpoint", write_two)
     net = utils.build(name, settings)
     with pytest.raises(KeyboardInterrupt):
         utils.train(net, data, settings, track=False, fused=fused, checkpoint=path)

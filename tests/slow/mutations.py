@@ -22,12 +22,14 @@ from conftest import ROOT, copy_checkout
 
 from engine import files
 
-DATA, FILES, RECORDS = (f"tests/engine/test_{name}.py" for name in ("data", "files", "records"))
+DATA, FILES, RECORDS, CHECKPOINTS = (
+    f"tests/engine/test_{name}.py" for name in ("data", "files", "records", "checkpoints")
+)
 TRAINER, FIGURES, UTILS = "tests/engine/test_trainer.py", "tests/engine/test_figures.py", "tests/test_utils.py"
 PUBLISH, RUN, SWEEPS = (f"tests/experiments/test_{name}.py" for name in ("publish", "run", "sweeps"))
 RESUMED = f"{TRAINER}::test_a_state_dict_holds_all_that_the_next_epochs_depend_on"
 STOPPED = f"{TRAINER}::test_weights_stop_at_the_first_step_that_is_not_finite"
-OTHER_DATA = f"{RECORDS}::test_a_checkpoint_of_other_data_is_refused_and_kept"
+OTHER_DATA = f"{CHECKPOINTS}::test_a_checkpoint_of_other_data_is_refused_and_kept"
 DAMAGE = f"{DATA}::test_damage_is_named_with_a_way_out"
 SERVER = f"{DATA}::test_a_hostile_server_counts_as_absent_and_leaves_nothing"
 OTHER_ROW = f"{PUBLISH}::test_a_row_of_another_kind_is_refused"
@@ -72,59 +74,73 @@ MUTATIONS = [
     ),
     (
         "a checkpoint of other settings is refused",
-        "engine/records.py",
+        "engine/checkpoints.py",
         " if found.get(name) != fingerprint.get(name)]",
         " if False]",
-        f"{RECORDS}::test_a_checkpoint_of_other_settings_is_refused",
+        f"{CHECKPOINTS}::test_a_checkpoint_of_other_settings_is_refused",
     ),
     (
         "a checkpoint of other code is refused",
-        "engine/records.py",
-        "_digest([*COMPUTED.values(), ",
-        "_digest([",
-        f"{RECORDS}::test_a_checkpoint_of_other_code_or_another_machine_is_refused",
+        "engine/checkpoints.py",
+        "digest([(loaded, read_bytes(path)) for path, loaded in CODE.items()])",
+        "digest([])",
+        f"{CHECKPOINTS}::test_a_checkpoint_of_other_code_or_another_machine_is_refused",
     ),
     (
         "a checkpoint of other images is refused",
-        "engine/records.py",
+        "engine/checkpoints.py",
         '        "training images": data_hash(data.images),\n',
         "",
         OTHER_DATA,
     ),
     (
         "a checkpoint of other labels is refused",
-        "engine/records.py",
+        "engine/checkpoints.py",
         '        "training labels": data_hash(data.labels),\n',
         "",
         OTHER_DATA,
     ),
     (
         "an altered checkpoint is refused",
-        "engine/records.py",
+        "engine/checkpoints.py",
         "    if zipfile.ZipFile(io.BytesIO(content)).testzip():",
         "    if False:",
-        f"{RECORDS}::test_a_changed_byte_in_any_tensor_is_refused",
+        f"{CHECKPOINTS}::test_a_changed_byte_in_any_tensor_is_refused",
     ),
     (
         "no code in a checkpoint runs",
-        "engine/records.py",
+        "engine/checkpoints.py",
         "weights_only=True",
         "weights_only=False",
-        f"{RECORDS}::test_the_code_in_a_checkpoint_does_not_run",
+        f"{CHECKPOINTS}::test_the_code_in_a_checkpoint_does_not_run",
+    ),
+    (
+        "a net of classes that can't be told takes no checkpoint",
+        "engine/checkpoints.py",
+        "        if not known or getattr(",
+        "        if not known and getattr(",
+        f"{CHECKPOINTS}::test_a_net_that_a_checkpoint_cannot_tell_takes_none",
+    ),
+    (
+        "training code that imports other files takes no checkpoint",
+        "engine/checkpoints.py",
+        "    check_imports(CODE)\n",
+        "",
+        f"{CHECKPOINTS}::test_code_that_imports_other_files_takes_no_checkpoint",
     ),
     (
         "saved runs leave no checkpoint",
         "utils.py",
-        '        records.remove_checkpoint(folder / "checkpoints" / f"{name}-{one.row[\'seed\']}.pt", one.history)\n',
-        "        pass\n",
+        "        checkpoints.remove_checkpoint(",
+        "        print(",
         f"{UTILS}::test_runs_are_saved_and_leave_no_checkpoint",
     ),
     (
         "a failed call leaves the net's modes",
-        "engine/records.py",
+        "engine/checkpoints.py",
         "            module.training = mode\n",
         "            pass\n",
-        f"{RECORDS}::test_a_failed_call_leaves_modes_and_gradients",
+        f"{CHECKPOINTS}::test_a_failed_call_leaves_modes_and_gradients",
     ),
     # divergence
     (
@@ -439,7 +455,7 @@ MUTATIONS = [
         "utils.py",
         "    if checkpoint is not None and (reason := fast.reason_against_copy(net)):\n",
         "    if False:\n",
-        f"{RECORDS}::test_a_net_with_code_of_its_own_takes_no_checkpoint",
+        f"{CHECKPOINTS}::test_a_net_with_code_of_its_own_takes_no_checkpoint",
     ),
     # direct use of what the notebook uses
     (
