@@ -75,7 +75,7 @@ def describe(net):
             advice = "define it in models.py, or train without a checkpoint"
             raise ValueError(f"{name} is a {cls.__name__}, whose code a checkpoint can't tell; {advice}")
         parts = {part: names.get(one) for part, one in module._modules.items()}
-        lines.append(f"{name} is a {cls.__module__}.{cls.__name__} of {parts}")
+        lines += [f"{name} is a {cls.__module__}.{cls.__name__}", f"{name} has {parts}"]
         for setting, value in sorted(vars(module).items()):
             if setting not in OF_ALL_MODULES:
                 if not _is_plain(value):
