@@ -183,6 +183,12 @@ class Block(nn.Module):
         return 2 * x
 
 
+def replaced(name, module):
+    net = utils.build("NetA", SETTINGS)
+    net.set_submodule(name, module)
+    return net
+
+
 def with_attribute(name, value):
     net = utils.build("NetA", SETTINGS)
     setattr(net.C1.activation, name, value)
@@ -259,14 +265,8 @@ UNTOLD = {  # nets that compute from what can't be told, and why
         "activation.shape is a Own",
     ),
     "a number of NumPy": (lambda: with_attribute("slope", np.float64(2)), "C1.activation.slope is a float64"),
-    "a layer": (lambda: with_attribute("layers", torch.nn.Linear), "C1.activation.layers is a type"),
+    "a class": (lambda: with_attribute("layers", torch.nn.Linear), "C1.activation.layers is a type"),
 }
-
-
-def replaced(name, module):
-    net = utils.build("NetA", SETTINGS)
-    net.set_submodule(name, module)
-    return net
 
 
 @pytest.mark.parametrize("kind", UNTOLD)
