@@ -104,7 +104,7 @@ def class_activation_maps(net, images):
 
 def confusion(predictions, labels, classes=10):
     """Count (classes, classes) pairs: row the true class, column the predicted one."""
-    return torch.bincount(classes * labels + predictions, minlength=classes**2).view(classes, classes)
+    return torch.bincount(classes * labels.long() + predictions, minlength=classes**2).view(classes, classes)
 
 
 def overlap(mistakes):
@@ -145,7 +145,7 @@ def people_table(runs, data, votes):
         shares = {
             "disputed, %": disputed[wrong],
             "someone agrees with the net, %": votes[wrong, predictions[wrong]] > 0,
-            "most people agree with the net, %": 2 * votes[wrong, predictions[wrong]] > votes[wrong].sum(1),
+            "most people agree with the net, %": votes[wrong, predictions[wrong]] > votes[wrong].sum(1) / 2,
         }
         lines.append({"norm": norm, "mistakes": len(wrong)} | {name: percent(share) for name, share in shares.items()})
     lines.append({"norm": "all test images", "mistakes": len(labels)} | dict.fromkeys(shares, "-"))
@@ -161,7 +161,7 @@ def vote_table(runs, data, votes):
     """
     check_votes(votes, data)
     labels, commonest = data.test_labels.cpu(), votes.argmax(1)
-    against = (2 * votes[torch.arange(len(labels)), commonest] > votes.sum(1)) & (commonest != labels)
+    against = (votes[torch.arange(len(labels)), commonest] > votes.sum(1) / 2) & (commonest != labels)
     lines = []
     for norm, own in runs.items():
         answers = F.one_hot(torch.stack([run.scores.predictions for run in own])[:, against], votes.shape[1]).sum(0)

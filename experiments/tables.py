@@ -215,9 +215,12 @@ SEARCHES = {"search": "no augmentation", "search-augment": "flip and crop"}  # r
 
 
 def results(rows, study="main"):
-    """Accuracy, parameters and time of each norm in a study of one setting, over its seeds."""
-    lines = {}
-    for norm, runs in select(rows, study=study).groupby("norm"):
+    """Accuracy, parameters and time of each norm in a study of one setting, over its seeds.
+
+    Times of several kinds of device can't be compared: then a column names each norm's.
+    """
+    lines, several = {}, (rows := select(rows, study=study))["device"].nunique() > 1
+    for norm, runs in rows.groupby("norm"):
         test = samples(runs)[norm]
         lines[norm] = {
             "parameters": runs["parameters"].iloc[0],
@@ -227,6 +230,8 @@ def results(rows, study="main"):
             "train accuracy": runs["train_accuracy"].mean(skipna=False),
             "seconds per run": runs["seconds"].median(),
         }
+        if several:
+            lines[norm]["device"] = ", ".join(sorted(runs["device"].unique()))
     return pd.DataFrame.from_dict(lines, "index").reindex(NORMS).rename_axis("norm")
 
 

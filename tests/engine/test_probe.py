@@ -207,6 +207,12 @@ def test_confusion_of_another_number_of_classes():
     assert confusion(torch.tensor([2, 0, 2]), torch.tensor([2, 2, 1]), 3).tolist() == [[0, 0, 0], [0, 0, 1], [1, 0, 1]]
 
 
+def test_confusion_of_classes_as_bytes():
+    """As results/predictions.npz holds them."""
+    classes = torch.arange(100, dtype=torch.uint8)
+    assert torch.equal(confusion(classes, classes, 100), torch.eye(100, dtype=torch.int64))
+
+
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=60))
 def test_confusion_counts_every_image_once(pairs):
     labels, predictions = torch.tensor(pairs).T
@@ -258,6 +264,7 @@ def test_people_table_by_hand():
         "group": run_with([0, 1, 2, 0, 3, 3] + [4] * 10),  # all right
     }
     table = people_table(runs, data, votes)
+    assert table.equals(people_table(runs, data, (4 * votes).byte()))
     assert list(table.index) == ["batch", "layer", "group", "all test images"]
     columns = ["mistakes", "disputed, %", "someone agrees with the net, %", "most people agree with the net, %"]
     assert list(table.columns) == columns
@@ -315,6 +322,7 @@ def test_vote_table_by_hand():
         "layer": [run_with([7, 1, 2, 0] + [6] * 16)],
     }
     table = vote_table(runs, data, votes)
+    assert table.equals(vote_table(runs, data, (4 * votes).byte()))
     assert table.loc["batch"].tolist() == [3, 3, 66.7, 33.3, 0.0]
     assert table.loc["layer"].tolist() == [1, 3, 0.0, 66.7, 33.3]
 

@@ -236,6 +236,15 @@ def test_results_of_the_published_rows():
         assert f"| {decimal_round(mean, 2)} ± {decimal_round(std, 2)} |" in tables.readme_table(ROWS)
 
 
+def test_results_of_several_kinds_of_device_name_them():
+    """Their times can't be compared."""
+    assert "device" not in tables.results(ROWS)
+    devices = tables.results(ROWS, "long")["device"]
+    assert devices["batch"] == devices["layer"] == "NVIDIA H200" != devices["group"]
+    one = ROWS.assign(device=ROWS["device"].where(ROWS["seed"] != 1, "a GPU"))
+    assert tables.results(one)["device"].tolist() == ["NVIDIA H100 80GB HBM3, a GPU"] * 3
+
+
 def test_leads_are_taken_setting_by_setting():
     runs = pd.DataFrame(
         {"epochs": epochs, "norm": norm, "seed": seed, "test_accuracy": base + lead * epochs + seed}
