@@ -8,6 +8,7 @@ import io
 import itertools
 import re
 import sys
+import types
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +22,8 @@ from engine.hashes import data_hash, digest, weights_hash
 from engine.records import HISTORY, device_name
 
 # What trains, as it was loaded: a process computes with that, whatever is edited later.
-CODE = [Path(models.__file__).resolve(), ROOT / "utils.py", *sorted((ROOT / "engine").glob("*.py"))]
+MODELS = Path(models.__file__).resolve()  # not always in ROOT: people copy it
+CODE = [MODELS, ROOT / "utils.py", *sorted((ROOT / "engine").rglob("*.py"))]
 CODE = {path: path.read_bytes() for path in CODE if path.is_file()}
 LIBRARIES = {"filelock", "matplotlib", "numpy", "pandas", "PIL", "scipy", "torch", "torchvision", "tqdm", "triton"}
 OF_ALL_MODULES = set(vars(torch.nn.Module()))
@@ -34,21 +36,21 @@ def fingerprint(net, data, settings, track, precision=None):
     precision  a text: the number type of training, and whose step
 
     ValueError, which says why, where a checkpoint might not hold or not tell all that the net computes from: for a
-    buffer that is not saved, and what `describe` and `check_imports` raise. What is swapped at run time in modules and
-    classes of PyTorch or of this project can't be seen.
+    buffer that is not saved, and what `describe`, `check_loaded` and `check_imports` raise. What a program sets in a
+    class or module while it runs can't be seen.
     """
     device, weights = data.images.device, net.state_dict()
     for name in (name for name, _ in net.named_buffers() if name not in weights):
         advice = "register it with persistent=True, or train without a checkpoint"
         raise ValueError(f"the net's buffer {name} would not be in the checkpoint; {advice}")
+    check_loaded(CODE)
     check_imports(CODE)
     described = {  # each of two words, which no setting can be called
         "torch version": str(torch.__version__),
         "device name": device_name(device),
         "number format": str(precision),
         "thread count": torch.get_num_threads() if device.type == "cpu" else None,
-        # As loaded, and as it is now: it may have been loaded again.
-        "training code": digest([(loaded, read_bytes(path)) for path, loaded in CODE.items()]),
+        "training code": digest([*CODE.values()]),
         "net's modules": "\n".join(describe(net)),
         "data name": f"{data.name}, {data.split}",
         "training images": data_hash(data.images),
@@ -76,6 +78,7 @@ def describe(net):
             raise ValueError(f"{name} is a {cls.__name__}, whose code a checkpoint can't tell; {advice}")
         parts = {part: names.get(one) for part, one in module._modules.items()}
         lines += [f"{name} is a {cls.__module__}.{cls.__name__}", f"{name} has {parts}"]
+        lines.append(f"{name} learns {[*module._parameters]}, keeps {[*module._buffers]}")
         for setting, value in sorted(vars(module).items()):
             if setting not in OF_ALL_MODULES:
                 if not _is_plain(value):
@@ -87,6 +90,25 @@ def describe(net):
 
 def _is_plain(value):
     return all(map(_is_plain, value)) if type(value) in (tuple, list, torch.Size) else type(value) in PLAIN
+
+
+def check_loaded(code):
+    """Raise ValueError where a file of {path: bytes} was edited since, or where models.py computes what is not in it.
+
+    Then it was loaded again, by hand or by IPython's autoreload, or was edited before the others were loaded.
+    """
+    edited = [path.name for path, content in code.items() if read_bytes(path) != content]
+    if not edited and MODELS in code:
+        written = [compile(code[MODELS], MODELS, "exec", dont_inherit=True)]
+        for one in written:
+            written += [part for part in one.co_consts if isinstance(part, types.CodeType)]
+        values = [*vars(models).values()]
+        values += [member for cls in values if isinstance(cls, type) for member in vars(cls).values()]
+        for value in values:
+            own = isinstance(value, types.FunctionType) and value.__module__ == models.__name__
+            edited += ["models.py"] if own and value.__code__ not in written else []
+    if edited:
+        raise ValueError(f"{edited[0]} was edited since it was loaded; restart Python, or train without a checkpoint")
 
 
 def check_imports(code):

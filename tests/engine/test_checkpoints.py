@@ -223,6 +223,17 @@ def test_a_setting_that_differs_is_named(tmp_path):
     refused(lambda: trained(tmp_path / "run.pt", with_attribute("slope", 2.5)), ValueError, message)
 
 
+def test_which_tensors_are_parameters_is_told():
+    """A norm's scale may be learned or kept."""
+    found = []
+    for learned, kept in (("C4", "C5"), ("C5", "C4")):
+        net = utils.build("NetC", SETTINGS)
+        net.get_submodule(learned).norm.gain = nn.Parameter(torch.ones(24))
+        net.get_submodule(kept).norm.register_buffer("gain", torch.ones(24))
+        found.append(checkpoints.describe(net))
+    assert found[0] != found[1]
+
+
 def test_which_place_has_which_of_two_modules_is_told():
     found = []
     for places in ((0, 1), (1, 1)):
@@ -445,7 +456,7 @@ def test_a_checkpoint_of_another_number_of_threads_is_refused(finished):
 @pytest.mark.parametrize(
     ("owner", "name", "value", "difference"),
     [
-        (checkpoints, "CODE", {ROOT / "models.py": b"# another version"}, "training code"),
+        (checkpoints, "CODE", {}, "training code"),
         (torch, "__version__", "9.9", "torch version"),
         (checkpoints, "device_name", lambda device: "another machine", "device name"),
         (fast, "pick_precision", lambda device: torch.float64, "number format"),
@@ -458,16 +469,32 @@ def test_a_checkpoint_of_other_code_or_another_machine_is_refused(
     refused(lambda: trained(finished), ValueError, f"is a checkpoint with {difference} ")
 
 
-def test_code_that_is_edited_and_loaded_again_counts(tmp_path, monkeypatch):
-    """As IPython's autoreload does it: within a process, the file that was loaded first may not be what computes."""
-    path = tmp_path / "models.py"
+EDITED = "{} was edited since it was loaded; restart Python, or train without a checkpoint"
+
+
+def test_code_that_was_edited_since_it_was_loaded_takes_no_checkpoint(tmp_path, monkeypatch):
+    """It may have been loaded again."""
+    path = tmp_path / "muon.py"
     path.write_text("SLOPE = 1")
     monkeypatch.setattr(checkpoints, "CODE", {path: path.read_bytes()})
     trained(tmp_path / "run.pt")
-    path.write_text("SLOPE = 2")
-    refused(lambda: trained(tmp_path / "run.pt"), ValueError, "is a checkpoint with training code ")
-    path.unlink()
-    refused(lambda: trained(tmp_path / "run.pt"), ValueError, "is a checkpoint with training code ")
+    before = (tmp_path / "run.pt").read_bytes()
+    for edit in (lambda: path.write_text("SLOPE = 2"), path.unlink):
+        edit()
+        refused(lambda: trained(tmp_path / "run.pt"), ValueError, EDITED.format("muon.py"))
+    assert (tmp_path / "run.pt").read_bytes() == before
+    path.write_text("SLOPE = 1")
+    trained(tmp_path / "run.pt")
+
+
+def test_code_that_is_not_that_of_its_file_takes_no_checkpoint(tmp_path, monkeypatch):
+    """As when models.py is edited between its import and that of utils, or changed in place by IPython's autoreload."""
+    other = models.Net.forward.__code__.replace(co_names=("forward", "ravel"))
+    for function in (models.Net.forward, models.show, models.NetA.__init__):
+        with monkeypatch.context() as patch:
+            patch.setattr(function, "__code__", other.replace(co_freevars=function.__code__.co_freevars))
+            refused(lambda: checkpoints.check_loaded(checkpoints.CODE), ValueError, EDITED.format("models.py"))
+    checkpoints.check_loaded(checkpoints.CODE)
 
 
 @pytest.mark.parametrize(
@@ -482,14 +509,15 @@ def test_code_that_is_edited_and_loaded_again_counts(tmp_path, monkeypatch):
     ],
 )
 def test_code_that_imports_other_files_takes_no_checkpoint(tmp_path, monkeypatch, line, name):
-    monkeypatch.setitem(checkpoints.CODE, ROOT / "models.py", b"import torch\n" + line.encode())
+    path = tmp_path / "models.py"
+    path.write_text(f"import torch\n{line}")
+    monkeypatch.setattr(checkpoints, "CODE", {path: path.read_bytes()})
     message = f"models.py imports {name}, whose code a checkpoint can't tell; move what it needs into the file,"
     refused(lambda: trained(tmp_path / "run.pt"), ValueError, message)
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "run.pt").exists()
 
 
 def test_all_code_that_trains_counts():
-    """The files that were loaded: a models.py of another folder that stands in for this one, too."""
     trains = {ROOT / "models.py", ROOT / "utils.py", *(ROOT / "engine").glob("*.py")}
     assert {path: path.read_bytes() for path in trains} == checkpoints.CODE
 

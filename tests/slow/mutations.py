@@ -82,7 +82,7 @@ MUTATIONS = [
     (
         "a checkpoint of other code is refused",
         "engine/checkpoints.py",
-        "digest([(loaded, read_bytes(path)) for path, loaded in CODE.items()])",
+        "digest([*CODE.values()])",
         "digest([])",
         f"{CHECKPOINTS}::test_a_checkpoint_of_other_code_or_another_machine_is_refused",
     ),
@@ -120,6 +120,13 @@ MUTATIONS = [
         "        if not known or getattr(",
         "        if not known and getattr(",
         f"{CHECKPOINTS}::test_a_net_that_a_checkpoint_cannot_tell_takes_none",
+    ),
+    (
+        "training code that was edited since it was loaded takes no checkpoint",
+        "engine/checkpoints.py",
+        "    check_loaded(CODE)\n",
+        "",
+        f"{CHECKPOINTS}::test_code_that_was_edited_since_it_was_loaded_takes_no_checkpoint",
     ),
     (
         "training code that imports other files takes no checkpoint",
