@@ -268,6 +268,26 @@ def test_an_edited_forward_is_copied_as_it_is(monkeypatch):
     assert torch.allclose(fast.low_precision_copy(net, torch.float32)(images), net(images), rtol=1e-3, atol=1e-3)
 
 
+class Edited(torch.nn.Sequential):
+    def another_number(self, x):
+        return super().forward(x).flatten(2)
+
+    def another_name(self, x):
+        return super().forward(x).squeeze(1)
+
+    def more(self, x):
+        return super().forward(x).flatten(1) / 4
+
+
+@pytest.mark.parametrize("edit", ["another_number", "another_name", "more"])
+def test_a_forward_that_is_changed_in_place_is_seen(monkeypatch, edit):
+    """As IPython's autoreload changes it, whatever its file says."""
+    net = models.NetB()
+    assert fast.runs_in_order(net)
+    monkeypatch.setattr(models.Net.forward, "__code__", getattr(Edited, edit).__code__)
+    assert not fast.runs_in_order(net)
+
+
 def test_precision_is_what_the_device_computes_with(monkeypatch):
     cuda = torch.device("cuda")
     for capability, dtype in (((6, 1), torch.float32), ((7, 0), torch.float16), ((9, 0), torch.float16)):
