@@ -3,10 +3,12 @@
 A problem is one line that names the file: OSError when it can't be written, ValueError when its content won't do.
 """
 
+import ast
 import contextlib
+import functools
+import gc
 import io
 import itertools
-import re
 import sys
 import types
 import zipfile
@@ -22,8 +24,9 @@ from engine.hashes import data_hash, digest, weights_hash
 from engine.records import HISTORY, device_name
 
 # What trains, as it was loaded: a process computes with that, whatever is edited later.
-MODELS = Path(models.__file__).resolve()  # not always in ROOT: people copy it
-CODE = [MODELS, ROOT / "utils.py", *sorted((ROOT / "engine").rglob("*.py"))]
+# People copy models.py and utils.py to other folders.
+MODELS, UTILS = (Path(getattr(sys.modules.get(name), "__file__", ROOT / f"{name}.py")) for name in ("models", "utils"))
+CODE = [MODELS.resolve(), UTILS.resolve(), *sorted((ROOT / "engine").rglob("*.py"))]
 CODE = {path: path.read_bytes() for path in CODE if path.is_file()}
 LIBRARIES = {"filelock", "matplotlib", "numpy", "pandas", "PIL", "scipy", "torch", "torchvision", "tqdm", "triton"}
 OF_ALL_MODULES = set(vars(torch.nn.Module()))
@@ -64,7 +67,7 @@ def fingerprint(net, data, settings, track, precision=None):
 
 
 def describe(net):
-    """Return the class, the parts and the settings of each module of a net, as lines of text.
+    """Return class, parts and settings of each module of a net, and settings of its tensors, as lines of text.
 
     ValueError for a class that is not of models.py or PyTorch, since its code can't be told; for a setting that is no
     number, text, or tuple or list of them.
@@ -79,7 +82,9 @@ def describe(net):
         parts = {part: names.get(one) for part, one in module._modules.items()}
         lines += [f"{name} is a {cls.__module__}.{cls.__name__}", f"{name} has {parts}"]
         lines.append(f"{name} learns {[*module._parameters]}, keeps {[*module._buffers]}")
-        for setting, value in sorted(vars(module).items()):
+    tensors = [(tensor, name) for name, tensor in [*net.named_parameters(), *net.named_buffers()]]
+    for one, name in [*names.items(), *tensors]:
+        for setting, value in sorted(vars(one).items()):
             if setting not in OF_ALL_MODULES:
                 if not _is_plain(value):
                     advice = "use a number, a text, or a tuple of them, or train without a checkpoint"
@@ -98,29 +103,35 @@ def check_loaded(code):
     Then it was loaded again, by hand or by IPython's autoreload, or was edited before the others were loaded.
     """
     edited = [path.name for path, content in code.items() if read_bytes(path) != content]
-    if not edited and MODELS in code:
-        written = [compile(code[MODELS], MODELS, "exec", dont_inherit=True)]
-        for one in written:
-            written += [part for part in one.co_consts if isinstance(part, types.CodeType)]
-        values = [*vars(models).values()]
-        values += [member for cls in values if isinstance(cls, type) for member in vars(cls).values()]
-        for value in values:
-            own = isinstance(value, types.FunctionType) and value.__module__ == models.__name__
-            edited += ["models.py"] if own and value.__code__ not in written else []
+    written = [compile(code.get(MODELS.resolve(), ""), MODELS, "exec", dont_inherit=True)]
+    for one in written:
+        written += [part for part in one.co_consts if isinstance(part, types.CodeType)]
+    for function in (one for one in gc.get_objects() if type(one) is types.FunctionType):
+        if function.__code__.co_filename == models.__file__ and function.__code__ not in written:
+            edited.append(MODELS.name)
     if edited:
         raise ValueError(f"{edited[0]} was edited since it was loaded; restart Python, or train without a checkpoint")
 
 
 def check_imports(code):
     """Raise ValueError where Python files, {path: bytes}, import others than this project's and its libraries."""
-    form = r"^[ \t]*(?:from[ \t]+([\w.]+)[ \t]+import\b|import[ \t]+([^\n#]*))"
     known = {*sys.stdlib_module_names, *LIBRARIES, "models", "utils", "engine"}
     for path, content in code.items():
-        for module, modules in re.findall(form, content.decode(), re.MULTILINE):
-            names = {name.split()[0].partition(".")[0] for name in [module, *modules.split(",")] if name.strip()}
-            for name in sorted(names - known - {""}):
-                advice = "move what it needs into the file, or train without a checkpoint"
-                raise ValueError(f"{path.name} imports {name}, whose code a checkpoint can't tell; {advice}")
+        for name in sorted(imported(content) - known):
+            advice = "move what it needs into the file, or train without a checkpoint"
+            raise ValueError(f"{path.name} imports {name}, whose code a checkpoint can't tell; {advice}")
+
+
+@functools.cache
+def imported(content):
+    """Return the names of the packages that Python source imports, at the top or within a function."""
+    names = set()
+    for node in ast.walk(ast.parse(content)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(node.module.partition(".")[0])
+    return names
 
 
 def _plain(value):

@@ -736,12 +736,16 @@ def reason_against(net):
         return reason
     if not has_known_layers(net):
         return "its layers are not those of models.Net with SiLU, for three colors"
+    if any(module.training != net.training for module in net.modules()):
+        return "some of its modules are in eval mode"
     for name in SIDES:
         norm = net.get_submodule(name).norm
         if type(norm) not in (nn.BatchNorm2d, nn.GroupNorm, models.ScaleShift):
             return f"there is no kernel for {type(norm).__name__}"
         if type(norm) is models.ScaleShift and not fast.computes(models.ScaleShift.forward, SCALE_SHIFT):
             return "ScaleShift was edited"
+        if None in norm._buffers.values():
+            return "its norms keep no averages"
         shapes = {own: tuple(parameter.shape) for own, parameter in norm.named_parameters()}
         if shapes != dict.fromkeys(("weight", "bias"), (net.get_submodule(name).conv.out_channels,)):
             return "its norms have no scale and shift for each channel"
@@ -772,9 +776,9 @@ def has_known_layers(net):
                 stock[name] = nn.Conv2d(channels, width, 1, bias=False)
             channels = width
         stock["c11"] = nn.Conv2d(channels, net.c11.out_channels, 1)
-    names = [f"{name}.{own}" for name, module in stock.items() for own, _ in module.named_parameters()]
-    found = [name for name, _ in net.named_parameters() if ".norm." not in name]
-    return sorted(found) == sorted(names) and all(fast.equals(net.get_submodule(name), stock[name]) for name in stock)
+    shapes = {f"{name}.{own}": one.shape for name, module in stock.items() for own, one in module.named_parameters()}
+    found = {name: parameter.shape for name, parameter in net.named_parameters() if ".norm." not in name}
+    return found == shapes and all(fast.equals(net.get_submodule(name), stock[name]) for name in stock)
 
 
 @functools.cache

@@ -79,7 +79,7 @@ def plot_accuracy(rows):
 def plot_rate(rows):
     """Draw validation accuracy by learning rate, at each rate with the best weight decay: a panel per optimizer.
 
-    Lines: means of three seeds. Crosses below: rates at which a run overflowed or the mean is under `LOWEST`.
+    Lines: means of three seeds. Crosses below: rates at which a run overflowed or is under `LOWEST`.
     """
     runs, grid = tables.rate_runs(rows), select(rows, study="rate")
     figure, (upper, lower) = panels(2, len(OPTIMIZERS), 4, sharex="col", sharey="row", height_ratios=(7, 1))
@@ -91,9 +91,9 @@ def plot_rate(rows):
             style = {"color": COLORS[norm], "linestyle": ":" if norm == "none" else "-"}
             axis.plot(line.index, line, label=LABELS[norm], **style)
             axis.scatter(own["learning_rate"], own["validation_accuracy"], color=COLORS[norm], s=12, alpha=0.6)
-            crosses = line[~(line >= LOWEST)].index.intersection(
-                select(grid, optimizer=name, norm=norm)["learning_rate"]
-            )
+            worst = own.groupby("learning_rate")["validation_accuracy"].min().reindex(tried)
+            low = line.isna() | (worst < LOWEST)
+            crosses = line[low].index.intersection(select(grid, optimizer=name, norm=norm)["learning_rate"])
             strip.scatter(crosses, [-place] * len(crosses), color=COLORS[norm], marker="x", s=18)
         axis.set(title=title, xscale="log", ylim=(LOWEST, max(88, 0.5 + runs["validation_accuracy"].max())))
         strip.set(xlabel="learning rate", yticks=[], ylim=(-len(ALL) + 0.3, 0.7))

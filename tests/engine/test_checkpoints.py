@@ -234,6 +234,16 @@ def test_which_tensors_are_parameters_is_told():
     assert found[0] != found[1]
 
 
+def test_settings_of_parameters_are_told():
+    """An edited models.param_groups may read them."""
+    found = []
+    for name in ("C4", "C5"):
+        net = utils.build("NetA", SETTINGS)
+        net.get_submodule(name).norm.weight.decays = True
+        found.append(checkpoints.describe(net))
+    assert found[0] != found[1]
+
+
 def test_which_place_has_which_of_two_modules_is_told():
     found = []
     for places in ((0, 1), (1, 1)):
@@ -453,10 +463,18 @@ def test_a_checkpoint_of_another_number_of_threads_is_refused(finished):
         torch.set_num_threads(threads)
 
 
+HUBCONF = {ROOT / "hubconf.py": (ROOT / "hubconf.py").read_bytes()}
+
+
 @pytest.mark.parametrize(
     ("owner", "name", "value", "difference"),
     [
-        (checkpoints, "CODE", {}, "training code"),
+        (
+            checkpoints,
+            "CODE",
+            checkpoints.CODE | {ROOT / "hubconf.py": (ROOT / "hubconf.py").read_bytes()},
+            "training code",
+        ),
         (torch, "__version__", "9.9", "torch version"),
         (checkpoints, "device_name", lambda device: "another machine", "device name"),
         (fast, "pick_precision", lambda device: torch.float64, "number format"),
@@ -476,7 +494,7 @@ def test_code_that_was_edited_since_it_was_loaded_takes_no_checkpoint(tmp_path, 
     """It may have been loaded again."""
     path = tmp_path / "muon.py"
     path.write_text("SLOPE = 1")
-    monkeypatch.setattr(checkpoints, "CODE", {path: path.read_bytes()})
+    monkeypatch.setitem(checkpoints.CODE, path, path.read_bytes())
     trained(tmp_path / "run.pt")
     before = (tmp_path / "run.pt").read_bytes()
     for edit in (lambda: path.write_text("SLOPE = 2"), path.unlink):
@@ -491,7 +509,7 @@ def test_code_that_is_not_that_of_its_file_takes_no_checkpoint(tmp_path, monkeyp
     """As when models.py is edited between its import and that of utils, or changed in place by IPython's autoreload."""
     for function in (models.show, models.ScaleShift.forward):
         with monkeypatch.context() as patch:
-            patch.setattr(function, "__code__", kaiming.__code__)
+            patch.setattr(function, "__code__", kaiming.__code__.replace(co_filename=models.__file__))
             refused(lambda: checkpoints.check_loaded(checkpoints.CODE), ValueError, EDITED.format("models.py"))
     checkpoints.check_loaded(checkpoints.CODE)
 
@@ -503,17 +521,71 @@ def test_code_that_is_not_that_of_its_file_takes_no_checkpoint(tmp_path, monkeyp
         ("import torch, own as torch", "own"),
         ("import own.deeper", "own"),
         ("from own.deeper import SLOPE", "own"),
-        ("    from own import (\n    SLOPE)", "own"),
+        ("def later():\n    from own import (\n        SLOPE)", "own"),
+        ("import math; import own", "own"),
         ("from experiments.variants import Experiment", "experiments"),
     ],
 )
 def test_code_that_imports_other_files_takes_no_checkpoint(tmp_path, monkeypatch, line, name):
     path = tmp_path / "models.py"
     path.write_text(f"import torch\n{line}")
-    monkeypatch.setattr(checkpoints, "CODE", {path: path.read_bytes()})
+    monkeypatch.setitem(checkpoints.CODE, path, path.read_bytes())
     message = f"models.py imports {name}, whose code a checkpoint can't tell; move what it needs into the file,"
     refused(lambda: trained(tmp_path / "run.pt"), ValueError, message)
     assert not (tmp_path / "run.pt").exists()
+
+
+def test_what_code_says_of_imports_is_no_import():
+    assert checkpoints.imported(b'"""\nimport order matters\nfrom here import it\n"""\nfrom . import near\n') == set()
+
+
+FRESH = """
+import contextlib, dataclasses, functools
+@dataclasses.dataclass(frozen=True)
+class Config: groups: int = 4
+@torch.no_grad()
+def initialized(net): return net
+@contextlib.contextmanager
+def quiet(): yield
+@functools.singledispatch
+def act(x): return x
+class Own:
+    class Inner: pass
+    near = property(lambda self: 1)
+    far = staticmethod(lambda: 2)
+"""
+EDITS = ["lambda self: 1", "lambda: 2", "return x", "return net"]
+
+
+def test_an_edited_models_py_takes_checkpoints_once_it_is_loaded_anew(tmp_path):
+    """Whatever stands in it: decorators and dataclasses make functions, too. Not if it was edited before utils came."""
+    copied = tmp_path / "models.py"
+    copied.write_text((ROOT / "models.py").read_text(encoding="utf-8") + FRESH, encoding="utf-8")
+    code = """
+import pathlib, sys
+folder, edit, name = sys.argv[1:]
+sys.path[0] = folder
+import models
+path = pathlib.Path(models.__file__)
+assert path.parent == pathlib.Path(folder)
+text = path.read_text(encoding="utf-8")
+if edit:
+    assert edit in text
+    path.write_text(text.replace(edit, edit + " + 5"), encoding="utf-8")
+import utils
+from test_checkpoints import *
+try:
+    trained(settings=replace(SETTINGS, epochs=1), path=path.parent / name)
+    print("trained")
+except ValueError as error:
+    print(error)
+path.write_text(text, encoding="utf-8")
+"""
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "engine")))
+    for number, edit in enumerate(["", *EDITS]):
+        command = [sys.executable, "-c", code, tmp_path, edit, f"{number}.pt"]
+        [printed] = run_together((command, {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}))
+        assert printed.splitlines()[-1] == (EDITED.format("models.py") if edit else "trained")
 
 
 def test_all_code_that_trains_counts():

@@ -43,10 +43,11 @@ def test_group_norm_equals_nn_group_norm_in_float64(device, size, mean, groups, 
     assert found[1].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_average_pooling_equals_nn_avg_pool(device):
+@pytest.mark.parametrize("size", [(16, 8), (15, 8), (16, 9)])
+def test_average_pooling_equals_nn_avg_pool(device, size):
     torch.manual_seed(0)
-    x = torch.randn(4, 24, 16, 8, device=device).contiguous(memory_format=torch.channels_last)
-    gradient = torch.randn(4, 24, 8, 4, device=device)
+    x = torch.randn(4, 24, *size, device=device).contiguous(memory_format=torch.channels_last)
+    gradient = torch.randn(4, 24, size[0] // 2, size[1] // 2, device=device)
     for expected, found in zip(run(nn.AvgPool2d(2), x, gradient), run(fast.AvgPool2x2(), x, gradient), strict=True):
         assert torch.allclose(found, expected, atol=1e-6)
         assert found.is_contiguous(memory_format=torch.channels_last)

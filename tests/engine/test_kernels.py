@@ -242,12 +242,20 @@ class Centered(torch.nn.Conv2d):
 Centered.__name__ = "Conv2d"
 
 
+class Clamped(torch.nn.Sequential):
+    def forward(self, x):
+        return super().forward(x).clamp(-1, 1)
+
+
 @interpreted
 def test_a_net_that_the_kernels_do_not_compute_is_turned_down_with_a_reason():
     def changed(change, **options):
         net = models.Net("batch", **options)
         change(net)
         return net
+
+    class Mixed(models.Net, Clamped):
+        state_in_buffers = True
 
     assert kernels.reason_against(models.NetC(groups=2)) == ""
     cases = {
@@ -261,6 +269,12 @@ def test_a_net_that_the_kernels_do_not_compute_is_turned_down_with_a_reason():
         "three colors": models.Net("batch", in_channels=1),
         "layers are not those of": changed(lambda net: setattr(net, "P1", torch.nn.AvgPool2d(2, divisor_override=1))),
         "layers are not those of models": changed(lambda net: setattr(net.C4, "conv", Centered(24, 24, 3, bias=False))),
+        "layers are not those of models.Net": Mixed("none"),
+        "layers are not those of models.Net with": changed(
+            lambda net: setattr(net.C5.conv, "weight", torch.nn.Parameter(torch.ones(24, 24, 1, 1)))
+        ),
+        "in eval mode": changed(lambda net: net.C4.norm.eval()),  # as an own `train` leaves it
+        "keep no averages": changed(lambda net: setattr(net.C4.norm, "num_batches_tracked", None)),
         "C4 has a hook": changed(lambda net: net.C4.register_forward_hook(print)),
         "a method of its own": changed(lambda net: setattr(net.C4.conv, "forward", print)),
         "C5.conv.weight is C6.conv.weight, too": changed(
@@ -282,6 +296,7 @@ def test_a_net_that_the_kernels_do_not_compute_is_turned_down_with_a_reason():
         (torch.nn, "AvgPool2d", torch.nn.MaxPool2d),
         (torch.nn, "Conv2d", lambda i, o, size, padding=0, bias=True: conv(i, o, 5, padding=2, bias=bias)),
         (models.Net, "forward", lambda net, x: forward(net, x).clamp(-10, 10)),
+        (models.Net, "__call__", lambda net, x: forward(net, x).clamp(-10, 10)),
         (models.ScaleShift, "forward", lambda norm, x: x * norm.weight[0]),
     ]
     for place, name, value in edits:
@@ -291,3 +306,9 @@ def test_a_net_that_the_kernels_do_not_compute_is_turned_down_with_a_reason():
             if place is torch.nn:
                 edited.undo()
             assert kernels.reason_against(net)
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, inputs, output: 2 * output)
+    try:
+        assert kernels.reason_against(models.Net("none"))
+    finally:
+        hook.remove()
+    assert kernels.reason_against(models.Net("none")) == ""
