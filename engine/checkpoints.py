@@ -23,8 +23,7 @@ from engine.files import ROOT, check_path, read_bytes, save_tensors
 from engine.hashes import data_hash, digest, weights_hash
 from engine.records import HISTORY, device_name
 
-# What trains, as it was loaded: a process computes with that, whatever is edited later.
-# People copy models.py and utils.py to other folders.
+# What trains, as it was loaded. People copy models.py and utils.py to other folders.
 MODELS, UTILS = (Path(getattr(sys.modules.get(name), "__file__", ROOT / f"{name}.py")) for name in ("models", "utils"))
 CODE = [MODELS.resolve(), UTILS.resolve(), *sorted((ROOT / "engine").rglob("*.py"))]
 CODE = {path: path.read_bytes() for path in CODE if path.is_file()}
