@@ -102,7 +102,11 @@ def low_precision_copy(net, dtype):
         return copied
     for (name, conv), (next_name, pool) in itertools.pairwise(list(copied._modules.items())):
         with torch.device("meta"):  # draws no random numbers
-            plain = type(conv) is nn.Conv2d and equals(conv, nn.Conv2d(conv.in_channels, conv.out_channels, 1))
+            plain = (
+                type(conv) is nn.Conv2d
+                and conv.weight.shape[2:] == (1, 1)
+                and equals(conv, nn.Conv2d(conv.in_channels, conv.out_channels, 1))
+            )
         if plain and equals(pool, nn.AvgPool2d(2)):
             copied.set_submodule(name, AvgPool2x2())  # what is called c3 is a pool from here on
             copied.set_submodule(next_name, conv)
@@ -235,6 +239,7 @@ class GroupNormFunction(torch.autograd.Function):
         return y
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         x, weight, mean, rstd = ctx.saved_tensors
         groups = mean.shape[1]

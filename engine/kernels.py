@@ -895,6 +895,8 @@ class FusedNet:
         reason = reason_against(net)
         if reason:
             raise ValueError(f"no fused step for this net: {reason}")
+        if not net.training:
+            raise ValueError("there is no fused step in eval mode; give a net in train mode, or fused=False")
         device = images.device
         self.net, self.images, self.labels = net, images, labels
         self.triton_version = triton.__version__
@@ -951,6 +953,7 @@ class FusedNet:
             dict(zip(named, split_like(buffer[: self.size], named.values()), strict=True))
             for buffer in (self.values, self.totals)
         )
+        self.attached = named
         for name, parameter in named.items():
             self.weights[name].copy_(parameter.detach())
             parameter.data = self.weights[name]
@@ -960,7 +963,7 @@ class FusedNet:
 
     def detach(self, name):
         """Give parameter `name` memory and a gradient of its own again; who calls this fills weights[name] from it."""
-        parameter = self.net.get_parameter(name)
+        parameter = self.attached.pop(name)
         parameter.data, parameter.grad = parameter.data.clone(), None
         return parameter
 
@@ -1195,6 +1198,8 @@ class FusedNet:
         return name, add_partials, (len(tables[0]),), arguments, {"BLOCK": REDUCE_BLOCK, "CHUNK": 128, "num_warps": 4}
 
     def __call__(self, chosen, shift, flip):
+        for name, parameter in self.attached.items():  # net.zero_grad() takes them away
+            parameter.grad = self.gradients[name]
         for name, kernel, grid, arguments, options in self.launches(chosen, shift, flip):
             if not self.side:
                 kernel[grid](*arguments, **options)

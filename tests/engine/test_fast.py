@@ -289,6 +289,44 @@ def test_a_forward_that_is_changed_in_place_is_seen(monkeypatch, edit):
     assert not fast.runs_in_order(net)
 
 
+def test_a_second_derivative_through_group_norm_is_refused():
+    """Its backward pass takes what it has saved for constants."""
+    net = fast.low_precision_copy(models.NetC(), torch.float32)
+    images = torch.randn(4, 3, 32, 32, requires_grad=True)
+    [gradient] = torch.autograd.grad(net(images).logsumexp(1).sum(), images, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("name", ["c3", "c7"])
+def test_a_pool_is_not_moved_before_a_convolution_whose_weight_was_replaced(name):
+    net, images = models.NetB(), torch.randn(8, 3, 32, 32)
+    convolution = net.get_submodule(name)
+    convolution.weight = nn.Parameter(torch.randn(*convolution.weight.shape[:2], 3, 3) / 10)
+    assert torch.allclose(fast.low_precision_copy(net, torch.float32)(images), net(images), rtol=1e-3, atol=1e-3)
+
+
+class Clamped(torch.nn.Sequential):
+    def forward(self, x):
+        return super().forward(x).clamp(-1, 1)
+
+
+class ClampedNet(models.Net, Clamped):
+    state_in_buffers = True
+
+
+def test_a_forward_above_that_of_net_is_seen(monkeypatch):
+    """As of a class between Net and nn.Sequential; a call of one's own, and hooks on all modules, too."""
+    assert not fast.runs_in_order(ClampedNet("batch"))
+    net = models.NetA()
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, inputs, output: 2 * output)
+    assert not fast.runs_in_order(net)
+    hook.remove()
+    assert fast.runs_in_order(net)
+    monkeypatch.setattr(models.Net, "__call__", lambda net, x: net.forward(x) / 4)
+    assert not fast.runs_in_order(net)
+
+
 def test_precision_is_what_the_device_computes_with(monkeypatch):
     cuda = torch.device("cuda")
     for capability, dtype in (((6, 1), torch.float32), ((7, 0), torch.float16), ((9, 0), torch.float16)):

@@ -248,6 +248,27 @@ class Clamped(torch.nn.Sequential):
 
 
 @interpreted
+@pytest.mark.parametrize("optimizer", ["muon", "sgd"])
+def test_gradients_that_were_taken_away_are_there_in_the_next_step(optimizer):
+    images, labels, _ = make_batch(8)
+    data = Data(images, labels, images, labels)
+    net = make_net("layer")
+    trainer = Trainer(net, data, utils.Settings(epochs=1, batch_size=4, optimizer=optimizer), fused=True)
+    moved = []
+    for _ in trainer.epoch():
+        moved.append(net.c11.weight.detach().clone())
+        net.zero_grad()
+    assert not torch.equal(*moved)
+
+
+@interpreted
+def test_a_net_in_eval_mode_has_no_fused_step():
+    images, labels, _ = make_batch(4)
+    with pytest.raises(ValueError, match=r"^there is no fused step in eval mode; give a net in train mode"):
+        kernels.FusedNet(make_net("batch").eval(), images, labels, 4)
+
+
+@interpreted
 def test_a_net_that_the_kernels_do_not_compute_is_turned_down_with_a_reason():
     def changed(change, **options):
         net = models.Net("batch", **options)

@@ -22,11 +22,10 @@ from conftest import ROOT, copy_checkout
 
 from engine import files
 
-DATA, FILES, RECORDS, CHECKPOINTS = (
-    f"tests/engine/test_{name}.py" for name in ("data", "files", "records", "checkpoints")
+DATA, FAST, FILES, RECORDS, CHECKPOINTS = (
+    f"tests/engine/test_{name}.py" for name in ("data", "fast", "files", "records", "checkpoints")
 )
 TRAINER, FIGURES, UTILS = "tests/engine/test_trainer.py", "tests/engine/test_figures.py", "tests/test_utils.py"
-KERNELS = "tests/engine/test_kernels.py"
 PUBLISH, RUN, SWEEPS = (f"tests/experiments/test_{name}.py" for name in ("publish", "run", "sweeps"))
 RESUMED = f"{TRAINER}::test_a_state_dict_holds_all_that_the_next_epochs_depend_on"
 STOPPED = f"{TRAINER}::test_weights_stop_at_the_first_step_that_is_not_finite"
@@ -116,18 +115,11 @@ MUTATIONS = [
         f"{CHECKPOINTS}::test_the_code_in_a_checkpoint_does_not_run",
     ),
     (
-        "norms in eval mode have no fused step",
-        "engine/kernels.py",
-        "    if any(module.training != net.training for module in net.modules()):\n",
-        "    if False:\n",
-        f"{KERNELS}::test_a_net_that_the_kernels_do_not_compute_is_turned_down_with_a_reason",
-    ),
-    (
         "a net that computes more than its layers has no fused step",
         "engine/fast.py",
         "and then.__func__ is nn.Sequential.forward",
         "",
-        f"{KERNELS}::test_a_net_that_the_kernels_do_not_compute_is_turned_down_with_a_reason",
+        f"{FAST}::test_a_forward_above_that_of_net_is_seen",
     ),
     (
         "a net of classes that can't be told takes no checkpoint",
