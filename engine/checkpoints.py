@@ -25,8 +25,9 @@ from engine.records import HISTORY, device_name
 
 # What trains, as it was loaded. People copy models.py and utils.py to other folders.
 MODELS, UTILS = (Path(getattr(sys.modules.get(name), "__file__", ROOT / f"{name}.py")) for name in ("models", "utils"))
-CODE = [MODELS.resolve(), UTILS.resolve(), *sorted((ROOT / "engine").rglob("*.py"))]
-CODE = {path: path.read_bytes() for path in CODE if path.is_file()}
+# Files of editors begin with a dot. When this module is loaded again, the first reading stays.
+TRAINS = [MODELS.resolve(), UTILS.resolve(), *sorted((ROOT / "engine").glob("[!.]*.py"))]
+CODE = globals().get("CODE") or {path: path.read_bytes() for path in TRAINS if path.is_file()}
 LIBRARIES = {"filelock", "matplotlib", "numpy", "pandas", "PIL", "scipy", "torch", "torchvision", "tqdm", "triton"}
 OF_ALL_MODULES = set(vars(torch.nn.Module()))
 PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)

@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import importlib
 import io
 import itertools
 import os
@@ -586,6 +587,13 @@ path.write_text(text, encoding="utf-8")
         command = [sys.executable, "-c", code, tmp_path, edit, f"{number}.pt"]
         [printed] = run_together((command, {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}))
         assert printed.splitlines()[-1] == (EDITED.format("models.py") if edit else "trained")
+
+
+def test_code_that_was_loaded_stays_when_checkpoints_are_loaded_again(monkeypatch):
+    loaded = dict(checkpoints.CODE)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: b"edited")
+    importlib.reload(checkpoints)
+    assert loaded == checkpoints.CODE
 
 
 def test_all_code_that_trains_counts():
