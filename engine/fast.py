@@ -124,7 +124,8 @@ def held(net):
         for one in [*net.parameters(), *net.buffers()]
     ]
     modules = [
-        (id(one), type(one), settings(one), *(len(getattr(one, hooks)) for hooks in HOOKS)) for one in net.modules()
+        (name, id(one), type(one), settings(one), *(len(getattr(one, hooks)) for hooks in HOOKS))
+        for name, one in net.named_modules(remove_duplicate=False)
     ]
     return tensors, modules
 

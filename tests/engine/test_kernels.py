@@ -261,6 +261,31 @@ def test_gradients_that_were_taken_away_are_there_in_the_next_step(optimizer):
     assert not torch.equal(*moved)
 
 
+class OwnLoss(Trainer if INTERPRETED else object):
+    def loss(self, images, labels):
+        loss, accuracy = super().loss(images, labels)
+        return 2 * loss, accuracy
+
+
+@interpreted
+def test_a_fused_step_goes_on_without_no_change_of_the_optimizer():
+    images, labels, _ = make_batch(4)
+    data, settings = Data(images, labels, images, labels), utils.Settings(epochs=1, batch_size=4)
+    changes = [
+        lambda trainer: trainer.optimizer.register_step_pre_hook(print),
+        lambda trainer: trainer.optimizer.param_groups[1].update(lr=0),
+        lambda trainer: setattr(trainer, "learning_rates", 0 * trainer.learning_rates),
+    ]
+    for change in changes:
+        trainer = Trainer(make_net("layer"), data, settings, fused=True)
+        change(trainer)
+        with pytest.raises(ValueError, match=r"^the optimizer or its rates were changed since this Trainer was made"):
+            next(trainer.epoch())
+    assert OwnLoss(make_net("layer"), data, settings).fused is None
+    with pytest.raises(ValueError, match=r"^there is no fused step here: this Trainer has a loss of its own$"):
+        OwnLoss(make_net("layer"), data, settings, fused=True)
+
+
 @interpreted
 def test_a_net_in_eval_mode_has_no_fused_step():
     images, labels, _ = make_batch(4)

@@ -183,6 +183,7 @@ CHANGES = {
     "evaluated": lambda net: net.eval(),
     "a module": lambda net: setattr(net.C4, "activation", nn.ReLU()),
     "one more": lambda net: net.C10.add_module("dropout", nn.Dropout(0.5)),
+    "one of its own once more": lambda net: net.C10.add_module("again", net.C10.activation),
     "a setting": lambda net: setattr(net.C1.norm, "eps", 0.1),
     "a setting of NumPy": lambda net: setattr(net.C1.norm, "eps", np.float32(0.1)),
     "a setting that is not shown": lambda net: setattr(net.P1, "divisor_override", 1),
