@@ -232,7 +232,7 @@ class Trainer:
         # Without a graph None, since self.step here would keep this object alive.
         self.captured_step = self.capture() if self.stream and capture and not as_it_is else None
         self.steps_taken = self.steps_per_epoch  # no epoch is under way
-        self.held, self.held_rates = None if as_it_is else fast.held(net), self.rates()
+        self.held, self.parts = None if as_it_is else fast.held(net), self.held_parts()
 
     def batch(self):
         """Return the next step's normalized images (B, 3, 32, 32) and labels (B,). ValueError but within `epoch`."""
@@ -364,14 +364,14 @@ class Trainer:
         ValueError, when it begins, after the last epoch of the settings, and for a net that was changed otherwise than
         in its weights since this Trainer was made: moved, frozen, put in eval mode, with other modules, settings or
         hooks. Its copy, CUDA graph or fused step would go on without the change. A net that trains as it is may change.
-        Also where a CUDA graph or fused step would go on without a change of the optimizer's groups, hooks or rates.
+        Also where a CUDA graph or fused step would go on without a change of data, settings, learning rates or optimizer.
         """
         if self.epochs_left == 0:
             raise ValueError(f"all epochs are done; settings.epochs is {self.settings.epochs}")
         if self.held and self.held != fast.held(self.net):
             raise ValueError("the net was changed since this Trainer was made, in more than its weights; make another")
-        if (self.fused or self.captured_step) and self.held_rates != self.rates():
-            raise ValueError("the optimizer or its rates were changed since this Trainer was made; make another")
+        if (self.fused or self.captured_step) and self.parts != self.held_parts():
+            raise ValueError("data, settings or optimizer were changed since this Trainer was made; make another")
         self.epochs_left -= 1
         if self.stream:
             # The state may just have been loaded on the current stream.
@@ -393,11 +393,12 @@ class Trainer:
             self.step()
             yield
 
-    def rates(self):
-        """Return what a fused step and a CUDA graph hold of the optimizer: settings of its groups, hooks, rates."""
+    def held_parts(self):
+        """Return what a fused step and a CUDA graph hold of this object, beside the net, and of its optimizer."""
         groups = [group | {"params": [*map(id, group["params"])]} for group in self.optimizer.param_groups]
         hooks = self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks
-        return id(self.learning_rates), groups, [*map(len, hooks)]
+        parts = [*map(id, (self.data, self.optimizer, self.learning_rates))]
+        return parts, self.settings, groups, [*map(len, hooks)]
 
     def means(self):
         """Return the epoch's mean training loss and accuracy (percent) so far; waits for the GPU."""

@@ -268,18 +268,21 @@ class OwnLoss(Trainer if INTERPRETED else object):
 
 
 @interpreted
-def test_a_fused_step_goes_on_without_no_change_of_the_optimizer():
+def test_a_change_that_a_fused_step_would_not_see_is_refused():
     images, labels, _ = make_batch(4)
     data, settings = Data(images, labels, images, labels), utils.Settings(epochs=1, batch_size=4)
     changes = [
         lambda trainer: trainer.optimizer.register_step_pre_hook(print),
         lambda trainer: trainer.optimizer.param_groups[1].update(lr=0),
         lambda trainer: setattr(trainer, "learning_rates", 0 * trainer.learning_rates),
+        lambda trainer: setattr(trainer, "data", Data(images, 1 - labels % 2, images, labels)),
+        lambda trainer: setattr(trainer, "settings", utils.Settings(epochs=1, batch_size=4, label_smoothing=0.9)),
+        lambda trainer: setattr(trainer, "optimizer", copy.deepcopy(trainer.optimizer)),
     ]
     for change in changes:
         trainer = Trainer(make_net("layer"), data, settings, fused=True)
         change(trainer)
-        with pytest.raises(ValueError, match=r"^the optimizer or its rates were changed since this Trainer was made"):
+        with pytest.raises(ValueError, match=r"^data, settings or optimizer were changed since this Trainer was made"):
             next(trainer.epoch())
     assert OwnLoss(make_net("layer"), data, settings).fused is None
     with pytest.raises(ValueError, match=r"^there is no fused step here: this Trainer has a loss of its own$"):
