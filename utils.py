@@ -112,7 +112,8 @@ def train(net, data, settings, label="", track=True, fused=None, checkpoint=None
     (seconds from the start, without pauses). Equal settings, machine, torch, Triton and threads give equal weights.
 
     ValueError, see `engine.trainer.Trainer`, also when the checkpoint is damaged or of another run, or might not hold
-    or tell all that the net computes from, see `engine.fast.reason_against_copy` and `engine.checkpoints.fingerprint`;
+    or tell all that the net computes from, see `engine.fast.reason_against_copy` and `engine.checkpoints.fingerprint`,
+    or the optimizer is not of `engine.trainer`;
     TypeError unless `net` is a models.Net; MemoryError when a batch takes more than the GPU has; FloatingPointError
     when a gradient is not finite. A call with `checkpoint` that is interrupted leaves `net` as it was before.
     """

@@ -98,9 +98,9 @@ def _is_plain(value):
 
 
 def check_loaded(code):
-    """Raise ValueError where a file of {path: bytes} was edited since, or where models.py computes what is not in it.
+    """Raise ValueError where files are not {path: bytes} any more, or a function of models.py is not as in its file.
 
-    Then it was loaded again, by hand or by IPython's autoreload, or was edited before the others were loaded.
+    By then the file may have been loaded again, by hand or by IPython's autoreload.
     """
     edited = [path.name for path, content in code.items() if read_bytes(path) != content]
     written = [compile(code.get(MODELS.resolve(), ""), MODELS, "exec", dont_inherit=True)]

@@ -155,9 +155,9 @@ class Trainer:
     fused    whether to take the step of engine.kernels, see `takes_fused_step`
     stream   number of the CUDA stream: nets that train at the same time need one each
     TypeError for another kind of net, or of c11; ValueError when a batch is larger than the training split, the net has
-    fewer classes than the data, a parameter is frozen or not float32, a part of a net in train mode is in eval mode, or
-    the net can't be copied; in a step, when a parameter gets no gradient, or is made or removed. Nets with random
-    layers do not resume bit for bit.
+    fewer classes than the data, a parameter is frozen or not float32, a part of a net in train mode is in eval mode,
+    the net can't be copied, or a subclass with a `batch` or `loss` of its own asks for `fused`; in a step, when a
+    parameter gets no gradient, or is made or removed. Nets with random layers do not resume bit for bit.
     """
 
     def __init__(self, net, data, settings, fused=None, capture=True, stream=0):
@@ -364,7 +364,7 @@ class Trainer:
         ValueError, when it begins, after the last epoch of the settings, and for a net that was changed otherwise than
         in its weights since this Trainer was made: moved, frozen, put in eval mode, with other modules, settings or
         hooks. Its copy, CUDA graph or fused step would go on without the change. A net that trains as it is may change.
-        Also where a CUDA graph or fused step would go on without a change of data, settings, learning rates or optimizer.
+        Also where a CUDA graph or fused step would go on without a change of data, settings, rates or optimizer.
         """
         if self.epochs_left == 0:
             raise ValueError(f"all epochs are done; settings.epochs is {self.settings.epochs}")

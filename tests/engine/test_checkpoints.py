@@ -8,6 +8,7 @@ import itertools
 import os
 import pickle
 import random
+import shutil
 import struct
 import sys
 import tempfile
@@ -19,7 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Evil, refused, run_together, same
+from conftest import ROOT, Evil, copy_checkout, refused, run_together, same
 from torch import nn
 
 import models
@@ -594,6 +595,19 @@ def test_code_that_was_loaded_stays_when_checkpoints_are_loaded_again(monkeypatc
     monkeypatch.setattr(Path, "read_bytes", lambda path: b"edited")
     importlib.reload(checkpoints)
     assert loaded == checkpoints.CODE
+
+
+def test_copies_of_models_and_utils_count_and_files_of_editors_do_not(tmp_path):
+    copy_checkout(tmp_path)
+    (tmp_path / "engine" / "._data.py").write_bytes(b"\0")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for name in ("models.py", "utils.py"):
+        shutil.copy(ROOT / name, mine)
+    code = f"import sys; sys.path[:1] = {[str(mine), str(tmp_path)]}; import utils; from engine import checkpoints; "
+    [printed] = run_together(([sys.executable, "-c", code + "print(*checkpoints.CODE)"], {}))
+    trains = {mine / "models.py", mine / "utils.py", *(tmp_path / "engine").glob("[a-z_]*.py")}
+    assert {Path(path) for path in printed.split()} == trains
 
 
 def test_all_code_that_trains_counts():
