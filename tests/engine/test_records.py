@@ -8,7 +8,6 @@ import random
 import signal
 import subprocess
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +19,6 @@ from torch import nn
 
 import utils
 from engine import files, records
-from engine.data import Data
-
-SETTINGS = utils.Settings(epochs=3, batch_size=20, augment="flip+crop")
-GENERATOR = torch.Generator().manual_seed(0)
-IMAGES = torch.randint(0, 256, (80, 32, 32, 3), dtype=torch.uint8, generator=GENERATOR)
-LABELS = torch.arange(80) % 10
-DATA = Data(IMAGES[:60], LABELS[:60], IMAGES[60:], LABELS[60:])
 
 
 def wait(*pids):
@@ -261,7 +253,7 @@ def test_what_spreadsheets_write_is_read(tmp_path, content):
 
 
 def test_a_row_names_the_activation_of_its_net():
-    net = utils.build("NetA", SETTINGS)
+    net = utils.build("NetA", utils.Settings())
     assert records.net_columns(net, 250)["activation"] == "SiLU"
     net.C1.activation = nn.ReLU()
     assert records.net_columns(net, 250)["activation"] == "ReLU"
@@ -478,16 +470,16 @@ def test_no_row_is_lost_to_kills(tmp_path):
     assert len(found) > 20
 
 
-def test_two_notebooks_share_an_output_folder(tmp_path):
+def test_two_notebooks_share_an_output_folder(tmp_path, small):
     """The same run and other runs, saved at the same time."""
     folder = files.output_folder(tmp_path / "out")
 
     def notebook(seeds):
         torch.set_num_threads(1)
         for seed in seeds:
-            settings = replace(SETTINGS, epochs=1, seed=seed)
-            one = utils.run("NetA", DATA, settings, track=False)
-            utils.save_runs([one], DATA, folder)
+            settings = utils.Settings(epochs=1, batch_size=200, seed=seed)
+            one = utils.run("NetA", small, settings, track=False)
+            utils.save_runs([one], small, folder)
 
     wait(child(lambda: notebook((0, 1, 2))), child(lambda: notebook((0, 3, 4))))
     assert sorted(row["seed"] for row in rows_of(folder / "results" / "runs.csv")) == list("01234")
