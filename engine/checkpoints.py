@@ -46,8 +46,8 @@ def fingerprint(net, data, settings, track, precision=None):
     for name in (name for name, _ in net.named_buffers() if name not in weights):
         advice = "register it with persistent=True, or train without a checkpoint"
         raise ValueError(f"the net's buffer {name} would not be in the checkpoint; {advice}")
-    check_loaded(CODE)
-    check_imports(CODE)
+    check_loaded()
+    check_imports()
     described = {  # each of two words, which no setting can be called
         "torch version": str(torch.__version__),
         "device name": device_name(device),
@@ -63,7 +63,7 @@ def fingerprint(net, data, settings, track, precision=None):
         "each epoch tested": bool(track),
         "initial weights": weights_hash(weights),
     }
-    return _plain(asdict(settings)) | described
+    return _savable(asdict(settings)) | described
 
 
 def describe(net):
@@ -86,24 +86,24 @@ def describe(net):
     for one, name in [*names.items(), *tensors]:
         for setting, value in sorted(vars(one).items()):
             if setting not in OF_ALL_MODULES:
-                if not _is_plain(value):
+                if not _is_setting(value):
                     advice = "use a number, a text, or a tuple of them, or train without a checkpoint"
                     raise ValueError(f"{name}.{setting} is a {type(value).__name__}, which can't be told; {advice}")
                 lines.append(f"{name}.{setting} {value!r}")
     return lines
 
 
-def _is_plain(value):
-    return all(map(_is_plain, value)) if type(value) in (tuple, list, torch.Size) else type(value) in PLAIN
+def _is_setting(value):
+    return all(map(_is_setting, value)) if type(value) in (tuple, list, torch.Size) else type(value) in PLAIN
 
 
-def check_loaded(code):
-    """Raise ValueError where files are not {path: bytes} any more, or a function of models.py is not as in its file.
+def check_loaded():
+    """Raise ValueError where a file that trains is not as it was loaded, or a function of models.py not as in its file.
 
     By then the file may have been loaded again, by hand or by IPython's autoreload.
     """
-    edited = [path.name for path, content in code.items() if read_bytes(path) != content]
-    written = [compile(code.get(MODELS.resolve(), ""), MODELS, "exec", dont_inherit=True)]
+    edited = [path.name for path, content in CODE.items() if read_bytes(path) != content]
+    written = [compile(CODE.get(MODELS.resolve(), ""), MODELS, "exec", dont_inherit=True)]
     for one in written:
         written += [part for part in one.co_consts if isinstance(part, types.CodeType)]
     for function in (one for one in gc.get_objects() if type(one) is types.FunctionType):
@@ -113,10 +113,10 @@ def check_loaded(code):
         raise ValueError(f"{edited[0]} was edited since it was loaded; restart Python, or train without a checkpoint")
 
 
-def check_imports(code):
-    """Raise ValueError where Python files, {path: bytes}, import others than this project's and its libraries."""
+def check_imports():
+    """Raise ValueError where a file that trains imports another than this project's and its libraries."""
     known = {*sys.stdlib_module_names, *LIBRARIES, "models", "utils", "engine"}
-    for path, content in code.items():
+    for path, content in CODE.items():
         for name in sorted(imported(content) - known):
             advice = "move what it needs into the file, or train without a checkpoint"
             raise ValueError(f"{path.name} imports {name}, whose code a checkpoint can't tell; {advice}")
@@ -134,19 +134,19 @@ def imported(content):
     return names
 
 
-def _plain(value):
+def _savable(value):
     """Return a value in the types that a checkpoint can hold."""
     if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
+        return {name: _savable(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_savable(item) for item in value]
     value = value.item() if isinstance(value, np.generic) else value
     return value if value is None or isinstance(value, bool | int | float | str) else repr(value)
 
 
 def write_checkpoint(path, fingerprint, history, state):
     """Save what a run resumes from: its fingerprint, its history and its state, a nested dict of tensors."""
-    save_tensors(path, {"fingerprint": fingerprint, "history": _plain(history), "state": state})
+    save_tensors(path, {"fingerprint": fingerprint, "history": _savable(history), "state": state})
 
 
 def read_checkpoint(path, fingerprint, steps_per_epoch, like):
@@ -198,7 +198,7 @@ def remove_checkpoint(path, history):
         saved = load_tensors(read_bytes(path))["history"]
     except Exception:  # of many kinds: absent, or as in `read_checkpoint`
         return
-    if history and str(saved) == str(_plain(history)):  # as texts, since nan is not nan
+    if history and str(saved) == str(_savable(history)):  # as texts, since nan is not nan
         Path(path).unlink(missing_ok=True)
 
 

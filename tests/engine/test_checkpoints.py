@@ -512,8 +512,8 @@ def test_code_that_is_not_that_of_its_file_takes_no_checkpoint(tmp_path, monkeyp
     for function in (models.show, models.ScaleShift.forward):
         with monkeypatch.context() as patch:
             patch.setattr(function, "__code__", kaiming.__code__.replace(co_filename=models.__file__))
-            refused(lambda: checkpoints.check_loaded(checkpoints.CODE), ValueError, EDITED.format("models.py"))
-    checkpoints.check_loaded(checkpoints.CODE)
+            refused(checkpoints.check_loaded, ValueError, EDITED.format("models.py"))
+    checkpoints.check_loaded()
 
 
 @pytest.mark.parametrize(

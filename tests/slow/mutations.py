@@ -131,14 +131,14 @@ MUTATIONS = [
     (
         "training code that was edited since it was loaded takes no checkpoint",
         "engine/checkpoints.py",
-        "    check_loaded(CODE)\n",
+        "    check_loaded()\n",
         "",
         f"{CHECKPOINTS}::test_code_that_was_edited_since_it_was_loaded_takes_no_checkpoint",
     ),
     (
         "training code that imports other files takes no checkpoint",
         "engine/checkpoints.py",
-        "    check_imports(CODE)\n",
+        "    check_imports()\n",
         "",
         f"{CHECKPOINTS}::test_code_that_imports_other_files_takes_no_checkpoint",
     ),
