@@ -36,7 +36,10 @@ HOW_TO_GET = "download {} on a machine with a network, put it, or what it unpack
 
 @dataclass(frozen=True)
 class Data:
-    """A training and a test split on one device: images (N, 32, 32, 3) uint8, labels (N,) int64 below len(classes)."""
+    """A training and a test split on one device: images (N, 32, 32, 3) uint8, labels (N,) int64 below len(classes).
+
+    Tensors that are not contiguous, such as every second image, are copied.
+    """
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -54,6 +57,8 @@ class Data:
         for text in (self.name, *self.classes):
             check_text("a name", text)
         models.choose("split", self.split, ("test", "validation"))
+        for name in ("images", "labels", "test_images", "test_labels"):
+            object.__setattr__(self, name, getattr(self, name).contiguous())
 
     @property
     def synthetic(self):

@@ -7,6 +7,7 @@ import os
 
 import torch
 import torch.nn.functional as F
+from torch.nn.parameter import is_lazy
 
 import models
 from engine import fast
@@ -121,12 +122,20 @@ def reason_against_fused_step(net, device):
 
 
 def check_kind(net):
-    """Raise TypeError, in one line, unless `net` is a models.Net whose c11 is a Conv2d."""
+    """Raise TypeError, in one line, unless `net` is a models.Net whose c11 is a Conv2d.
+
+    ValueError where two parameters share memory, since moving the net, to a GPU or to channels last, would end that.
+    """
     if not isinstance(net, models.Net):
         kind = f"the class {net.__name__}" if isinstance(net, type) else f"a {type(net).__name__}"
         raise TypeError(f"net is {kind}; give a models.Net, such as NetA()")
     if not isinstance(net.c11, torch.nn.Conv2d):
         raise TypeError(f"c11 is a {type(net.c11).__name__}; give a Conv2d, as in models.Net")
+    first = {}
+    for name, parameter in net.named_parameters():
+        if not is_lazy(parameter) and first.setdefault(parameter.data_ptr() or name, name) != name:
+            advice = "give both modules one nn.Parameter"
+            raise ValueError(f"{name} shares memory with {first[parameter.data_ptr()]}; {advice}")
 
 
 def check_input(net):
@@ -199,10 +208,8 @@ class Trainer:
         if (fused or not as_it_is) and takes_fused_step(net, device, fused):
             from engine import kernels
 
-            images, labels = data.images.contiguous(), data.labels.contiguous()
-            self.fused = kernels.FusedNet(
-                net, images, labels, settings.batch_size, settings.augment, self.diverged, settings.label_smoothing
-            )
+            options = settings.batch_size, settings.augment, self.diverged, settings.label_smoothing
+            self.fused = kernels.FusedNet(net, data.images, data.labels, *options)
         elif as_it_is:
             self.model = net
         else:
@@ -297,16 +304,19 @@ class Trainer:
         with torch.no_grad():
             if self.copied:
                 torch._foreach_copy_(*map(list, zip(*self.copied, strict=True)))
-        for parameter in self.model.parameters():
+        for parameter in (*self.model.parameters(), *self.net.parameters()):
             parameter.grad = None
         # In float16 cuDNN's deterministic kernels are as fast as its others.
         with torch.backends.cudnn.flags(enabled=True, deterministic=True):
             loss, accuracy = self.loss(images, labels)
             (self.loss_scale * loss).backward()
-        gradients = [low.grad for low in self.trained]
+        gradients, masters = [low.grad for low in self.trained], [*self.net.named_parameters()]
         if [*map(id, self.model.parameters())] != [*map(id, self.trained)]:
             raise ValueError("training makes a parameter, or removes one; have all of them before")
-        for (name, _), gradient in zip(self.net.named_parameters(), gradients, strict=True):
+        for (name, master), low, gradient in zip(masters, self.trained, gradients, strict=True):
+            if master is not low and master.grad is not None:
+                advice = "use self.model in `loss`, and self in `forward`"
+                raise ValueError(f"the loss depends on {name} itself, beside the copy that is trained; {advice}")
             if gradient is None:
                 raise ValueError(f"{name} gets no gradient; give a net that uses all its parameters")
         gradients = [gradient.float() for gradient in gradients]
@@ -322,7 +332,10 @@ class Trainer:
             self.counts += 1 - self.diverged.long()  # stays at the first step that diverged
 
     def loss(self, images, labels):
-        """Return the mean loss and the accuracy, 0 to 1, of a batch."""
+        """Return the mean loss and the accuracy, 0 to 1, of a batch.
+
+        A loss of your own takes `self.model` for the net, which may be a copy. ValueError, in a step, for `self.net`.
+        """
         logits = self.model(images).float()
         accuracy = (logits.detach().argmax(1) == labels).float().mean()
         return F.cross_entropy(logits, labels, label_smoothing=self.settings.label_smoothing), accuracy
@@ -359,18 +372,22 @@ class Trainer:
     def epoch(self):
         """Yield after enqueueing each step of one epoch; does not wait for the GPU.
 
+        On a GPU the steps run on a stream of their own, for which the current stream waits when the epoch ends. Within
+        the epoch, what reads or changes weights belongs inside ``with trainer.on_stream():``.
+
         With flips, half of the images, drawn at first, are mirrored, and in the next epoch the other half: no image is
         seen the same way twice in a row (Jordan 2024, https://arxiv.org/abs/2404.00498). Crops are drawn each epoch.
         ValueError, when it begins, after the last epoch of the settings, and for a net that was changed otherwise than
         in its weights since this Trainer was made: moved, frozen, put in eval mode, with other modules, settings or
         hooks. Its copy, CUDA graph or fused step would go on without the change. A net that trains as it is may change.
-        Also where a CUDA graph or fused step would go on without a change of data, settings, rates or optimizer.
+        Also for an optimizer whose groups have another `lr` than this Trainer's (by a scheduler, or load_state_dict),
+        and where a CUDA graph or fused step would go on without a change of data, settings or optimizer.
         """
         if self.epochs_left == 0:
             raise ValueError(f"all epochs are done; settings.epochs is {self.settings.epochs}")
         if self.held and self.held != fast.held(self.net):
             raise ValueError("the net was changed since this Trainer was made, in more than its weights; make another")
-        if (self.fused or self.captured_step) and self.parts != self.held_parts():
+        if self.parts != self.held_parts():
             raise ValueError("data, settings or optimizer were changed since this Trainer was made; make another")
         self.epochs_left -= 1
         if self.stream:
@@ -389,16 +406,25 @@ class Trainer:
             self.epoch_step.zero_()
             self.metric_sums.zero_()
         self.steps_taken = 0
-        for _ in range(self.steps_per_epoch):
-            self.step()
-            yield
+        try:
+            for _ in range(self.steps_per_epoch):
+                self.step()
+                yield
+        finally:
+            if self.stream:
+                torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
 
     def held_parts(self):
-        """Return what a fused step and a CUDA graph hold of this object, beside the net, and of its optimizer."""
-        groups = [group | {"params": [*map(id, group["params"])]} for group in self.optimizer.param_groups]
+        """Return what a step holds beside the net: the optimizer's rates; in a CUDA graph or fused step, all of it."""
+        groups = self.optimizer.param_groups
+        rates = [(id(group["lr"]), *group) for group in groups]  # a scheduler writes names of its own into a group
+        if not (self.fused or self.captured_step):
+            return rates
+        tensors = self.data.images, self.data.labels, self.learning_rates, *self.optimizer_tensors()
+        groups = [group | {"params": [*map(id, group["params"])], "lr": None} for group in groups]
         hooks = self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks
-        parts = [*map(id, (self.data, self.optimizer, self.learning_rates))]
-        return parts, self.settings, groups, [*map(len, hooks)]
+        own = [getattr(self.optimizer, name, None) for name in ("rest_lr", "direction", "dtype")]  # Muon's
+        return rates, self.settings, groups, own, [*map(id, (self.data, self.optimizer, *tensors))], [*map(len, hooks)]
 
     def means(self):
         """Return the epoch's mean training loss and accuracy (percent) so far; waits for the GPU."""

@@ -167,6 +167,16 @@ def test_normalize_agrees_with_torchvision(synthetic):
     assert torch.equal(ours, (images.float() - 255 * models.MEAN) / (255 * models.STD))  # bit for bit
 
 
+def test_a_view_of_images_is_copied_so_that_every_step_reads_the_same(synthetic):
+    """The fused step reads memory as it lies; a dense tensor is taken as it is."""
+    thinned = replace(synthetic, images=synthetic.images[::2], labels=synthetic.labels[::2])
+    assert thinned.images.is_contiguous()
+    assert thinned.labels.is_contiguous()
+    assert torch.equal(thinned.images, synthetic.images[::2])
+    assert torch.equal(thinned.labels, synthetic.labels[::2])
+    assert replace(synthetic).images is synthetic.images
+
+
 def test_color_statistics_stay_on_the_device():
     """A CUDA graph can't hold a copy from the host."""
     assert all(a is b for a, b in zip(data.color_statistics(CPU), data.color_statistics(CPU), strict=True))

@@ -278,6 +278,8 @@ def test_a_change_that_a_fused_step_would_not_see_is_refused():
         lambda trainer: setattr(trainer, "data", Data(images, 1 - labels % 2, images, labels)),
         lambda trainer: setattr(trainer, "settings", utils.Settings(epochs=1, batch_size=4, label_smoothing=0.9)),
         lambda trainer: setattr(trainer, "optimizer", copy.deepcopy(trainer.optimizer)),
+        lambda trainer: trainer.optimizer.state.clear(),
+        lambda trainer: setattr(trainer.optimizer, "rest_lr", 1),
     ]
     for change in changes:
         trainer = Trainer(make_net("layer"), data, settings, fused=True)

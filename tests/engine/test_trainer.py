@@ -205,6 +205,88 @@ def test_a_net_that_changes_in_more_than_weights_is_refused_before_an_epoch(smal
     assert torch.equal(weights(net), before)
 
 
+def schedule_by_pytorch(optimizer):
+    torch.optim.lr_scheduler.ConstantLR(optimizer)
+
+
+RATE_CHANGES = [
+    lambda optimizer: optimizer.param_groups[1].update(lr=0.1),
+    lambda optimizer: optimizer.load_state_dict(optimizer.state_dict()),  # which makes a new tensor of the rate
+    schedule_by_pytorch,
+]
+
+
+@pytest.mark.parametrize("change", RATE_CHANGES)
+@pytest.mark.parametrize("name", ["muon", "sgd"])
+def test_an_optimizer_that_left_the_schedule_is_refused_before_an_epoch(small, name, change):
+    trainer = Trainer(utils.build("NetB", SHORT), small, replace(SHORT, optimizer=name))
+    run_epoch(trainer)
+    change(trainer.optimizer)
+    before = weights(trainer.net)
+    with pytest.raises(ValueError, match=r"^data, settings or optimizer were changed since this Trainer was made"):
+        run_epoch(trainer)
+    assert torch.equal(weights(trainer.net), before)
+
+
+class Penalized(Trainer):
+    """With a penalty on the weights of the net or of what trains for it."""
+
+    def loss(self, images, labels):
+        loss, accuracy = super().loss(images, labels)
+        return loss + 0.01 * sum(p.abs().sum() for p in getattr(self, self.penalized).parameters()), accuracy
+
+
+def test_a_loss_of_the_net_beside_its_copy_is_refused(small, float32):
+    net = utils.build("NetB", SHORT)
+    trainer, plain = Penalized(net, small, SHORT), copy.deepcopy(net)
+    trainer.penalized = "net"
+    message = (
+        r"^the loss depends on C1\.conv\.weight itself, beside the copy that is trained; "
+        r"use self\.model in `loss`, and self in `forward`$"
+    )
+    with pytest.raises(ValueError, match=message):
+        run_epoch(trainer)
+    assert torch.equal(weights(net), weights(plain))
+    trainer = Penalized(net, small, SHORT)
+    trainer.penalized = "model"
+    next(trainer.epoch())
+    images, labels = trainer.data.images[trainer.order[0]], trainer.data.labels[trainer.order[0]]
+    loss = F.cross_entropy(plain(normalize(images)), labels, label_smoothing=0.1)
+    (loss + 0.01 * sum(p.abs().sum() for p in plain.parameters())).backward()
+    for own, wanted in zip(net.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(own.grad, wanted.grad, atol=1e-4)
+
+
+def test_a_forward_that_closes_over_the_net_is_refused(small, float32):
+    """The copy's closure leads to the net's weights."""
+
+    class Closed(models.NetB):
+        state_in_buffers = True
+
+        def __init__(self):
+            super().__init__()
+            self.scale = lambda: self.c11.weight.norm()
+
+        def forward(self, x):
+            return super().forward(x) / self.scale()
+
+    with pytest.raises(ValueError, match=r"^the loss depends on c11\.weight itself, beside the copy that is trained"):
+        run_epoch(Trainer(Closed(), small, SHORT))
+
+
+def test_weights_tied_by_their_memory_are_refused(small):
+    """Memory format and device would untie them; one Parameter in two modules stays one."""
+    net = utils.build("NetB", SHORT)
+    net.C6.conv.weight = nn.Parameter(net.C5.conv.weight)
+    message = r"^C6\.conv\.weight shares memory with C5\.conv\.weight; give both modules one nn\.Parameter$"
+    for train in (utils.train, Trainer):
+        with pytest.raises(ValueError, match=message):
+            train(net, small, SHORT)
+    net.C6.conv.weight = net.C5.conv.weight
+    run_epoch(Trainer(net, small, SHORT))
+    assert net.C6.conv.weight is net.C5.conv.weight
+
+
 def test_what_a_norm_says_of_its_buffers_may_change(small):
     """As its `extra_repr` may, since forward changes them."""
 

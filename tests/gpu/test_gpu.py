@@ -1,6 +1,7 @@
 """What needs a CUDA GPU: the captured step, float16, checkpoints, two processes at once, memory, and time."""
 
 import gc
+import itertools
 import subprocess
 import sys
 import time
@@ -200,6 +201,27 @@ def test_nothing_waits_for_the_gpu_within_an_epoch(data):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert trainer.means()[0] > 0
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_what_follows_an_epoch_waits_for_it(data, fused):
+    """Weights that are read, loaded or changed, without a word to the trainer, which has enqueued all steps."""
+    settings, found = replace(SHORT, batch_size=50), []
+    other = {name: value.cuda() for name, value in utils.build("NetA", replace(SHORT, seed=7)).state_dict().items()}
+    for wait in (False, True):
+        net = utils.build("NetA", settings)
+        trainer = Trainer(net, data, settings, fused)
+        for left in (None, 9):  # all of an epoch; the first steps of another
+            for _ in itertools.islice(trainer.epoch(), left):
+                pass
+            if wait:
+                torch.cuda.synchronize()
+            found.append(flat(net))
+            net.load_state_dict(other)
+            torch.cuda.synchronize()
+            found.append(flat(net))
+    for hurried, patient in zip(found[:4], found[4:], strict=True):
+        assert torch.equal(hurried, patient)
 
 
 def test_one_step_an_epoch(data):
