@@ -487,6 +487,27 @@ MUTATIONS = [
         f"{TRAINER}::test_a_net_that_changes_in_more_than_weights_is_refused_before_an_epoch",
     ),
     (
+        "weights tied by their memory are refused",
+        "engine/trainer.py",
+        "        if not is_lazy(parameter) and first",
+        "        if is_lazy(parameter) and first",
+        f"{TRAINER}::test_weights_tied_by_their_memory_are_refused",
+    ),
+    (
+        "a loss of the net beside its copy is refused",
+        "engine/trainer.py",
+        "            if master is not low and master.grad is not None:\n",
+        "            if False:\n",
+        f"{TRAINER}::test_a_loss_of_the_net_beside_its_copy_is_refused",
+    ),
+    (
+        "an optimizer that left the schedule is refused",
+        "engine/trainer.py",
+        "        if self.parts != self.held_parts():\n",
+        "        if False:\n",
+        f"{TRAINER}::test_an_optimizer_that_left_the_schedule_is_refused_before_an_epoch",
+    ),
+    (
         "the layout of weights in memory changes nothing",
         "engine/trainer.py",
         "strides, tensor.shape, strict=True) if size > 1)",
