@@ -164,9 +164,10 @@ class Trainer:
     fused    whether to take the step of engine.kernels, see `takes_fused_step`
     stream   number of the CUDA stream: nets that train at the same time need one each
     TypeError for another kind of net, or of c11; ValueError when a batch is larger than the training split, the net has
-    fewer classes than the data, a parameter is frozen, not float32 or in another's memory, a part of a net in train mode
-    is in eval mode, the net can't be copied, or a subclass with a `batch` or `loss` of its own asks for `fused`; in a
-    step, when a parameter gets no gradient, or is made or removed. Nets with random layers do not resume bit for bit.
+    fewer classes than the data, a parameter is frozen, not float32 or in another's memory, a part of a net in train
+    mode is in eval mode, the net can't be copied, or a subclass with a `batch` or `loss` of its own asks for `fused`;
+    in a step, when a parameter gets no gradient, or is made or removed. Nets with random layers do not resume bit for
+    bit.
     """
 
     def __init__(self, net, data, settings, fused=None, capture=True, stream=0):
