@@ -75,12 +75,15 @@ def modules_in(value):
     return set().union(*map(modules_in, items))
 
 
-def low_precision_copy(net, dtype):
+def low_precision_copy(net, dtype, reorder=True):
     """Copy a `models.Net` for training in `dtype`, which shares the float32 norms of `net`.
 
-    It also shares modules with buffers, such as running averages; other norms are copied in `dtype`. c3 and c7, where
-    they are plain, come after their pools: the same function for a quarter of the work. The parameters' order is that
-    of `net`. Only for nets without a `reason_against_copy`; ValueError where an attribute can't be copied.
+    It also shares modules with buffers, such as running averages; other norms are copied in `dtype`. The order of
+    parameters is that of `net`. Only for nets without a `reason_against_copy`. ValueError where an attribute can't be
+    copied.
+
+    reorder  c3 and c7, where they are plain, come after their pools: the same function for a quarter of the work. Not
+             for who looks into the copy, where c3 is then a pool
     """
     instead = {buffer: buffer for buffer in net.buffers(recurse=False)}  # what stands in the copy, wherever it is held
     for module in list(net.modules())[1:]:
@@ -98,7 +101,7 @@ def low_precision_copy(net, dtype):
     for module in set(copied.modules()) - kept:
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.to(dtype)
-    if not runs_in_order(net):
+    if not reorder or not runs_in_order(net):
         return copied
     for (name, conv), (next_name, pool) in itertools.pairwise(list(copied._modules.items())):
         with torch.device("meta"):  # draws no random numbers
@@ -134,7 +137,8 @@ def runs_in_order(net):
     """Return whether the layers of `net` follow each other and nothing else is computed; not if models.py says more."""
     forward, then = type(net).forward, super(models.Net, net).forward
     stock = forward is models.Net.forward and then.__func__ is nn.Sequential.forward
-    stock = stock and type(net).__call__ is nn.Module.__call__ and not nn.modules.module._has_any_global_hook()
+    stock = stock and type(net).__call__ is nn.Module.__call__ and type(net).__iter__ is nn.Sequential.__iter__
+    stock = stock and not nn.modules.module._has_any_global_hook()
     return stock and computes(forward, "super().forward(x).flatten(1)")
 
 

@@ -338,7 +338,8 @@ def head(
         wanted = tl.where(label == truth, 1 - smoothing, 0.0) + smoothing / CLASSES
         wanted = tl.where(label < CLASSES, wanted, 0.0)
         loss += tl.sum(tl.where(label < CLASSES, wanted * (log_sum - logits), 0.0), 0)
-        correct += tl.where(tl.sum(tl.where(label == truth, logits, 0.0), 0) >= highest, 1.0, 0.0)
+        guess = tl.min(tl.where(logits == highest, label, CLASSES), 0)  # of equal logits the first, as argmax takes
+        correct += tl.where(guess == truth, 1.0, 0.0)
         grad_logits = (tl.exp(logits - log_sum) - wanted) * (loss_scale / n_images)
         grad_w += grad_logits[:, None] * average[None, :]
         grad_b += grad_logits

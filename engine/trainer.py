@@ -33,16 +33,21 @@ class SGDW(torch.optim.SGD):
     """
 
     def __init__(self, groups, lr, momentum):
-        groups = [group | {"decay": group["weight_decay"], "weight_decay": 0} for group in groups]
         self.found_inf = None
         super().__init__(groups, lr, momentum, nesterov=True, fused=True)
 
     @torch.no_grad()
     def step(self, closure=None):
-        for group in self.param_groups:
+        decays = [group["weight_decay"] for group in self.param_groups]
+        for group, decay in zip(self.param_groups, decays, strict=True):
             lr = group["lr"] * (1 if self.found_inf is None else self.found_inf == 0)
-            torch._foreach_mul_(group["params"], 1 - lr * group["decay"])
-        return super().step(closure)
+            torch._foreach_mul_(group["params"], 1 - lr * decay)
+            group["weight_decay"] = 0  # of SGD's own, in the gradient
+        try:
+            return super().step(closure)
+        finally:
+            for group, decay in zip(self.param_groups, decays, strict=True):
+                group["weight_decay"] = decay
 
 
 def sgdw(groups, lr, momentum, dtype):
@@ -214,7 +219,7 @@ class Trainer:
         elif as_it_is:
             self.model = net
         else:
-            self.model = fast.low_precision_copy(net, self.dtype)
+            self.model = fast.low_precision_copy(net, self.dtype, reorder=not own)
             pairs = zip(self.model.parameters(), net.parameters(), strict=True)
             self.copied = [(low, master) for low, master in pairs if low is not master]
         self.trained = [*self.model.parameters()] if self.model else []  # a step may not make or remove one
@@ -241,6 +246,7 @@ class Trainer:
         self.captured_step = self.capture() if self.stream and capture and not as_it_is else None
         self.steps_taken = self.steps_per_epoch  # no epoch is under way
         self.held, self.parts = None if as_it_is else fast.held(net), self.held_parts()
+        self.lr_version = self.lr._version  # grows when somebody else writes into it
 
     def batch(self):
         """Return the next step's normalized images (B, 3, 32, 32) and labels (B,). ValueError but within `epoch`."""
@@ -277,13 +283,21 @@ class Trainer:
         From the first step with a gradient that is not finite on, no parameter changes.
         """
         self.check_under_way()
+        self.check_rate()
         with self.on_stream():
             self.replay()
+        self.lr_version = self.lr._version
         self.steps_taken += 1
 
     def check_under_way(self):
         if self.steps_taken == self.steps_per_epoch:
             raise ValueError("no epoch is under way; take steps by iterating over epoch()")
+
+    def check_rate(self):
+        """Raise ValueError for a rate that was set in the optimizer: steps take theirs from `learning_rates`."""
+        another = any(group["lr"] is not self.lr for group in self.optimizer.param_groups)
+        if another or self.lr._version != self.lr_version:
+            raise ValueError("the optimizer's learning rate was changed; write into this Trainer's learning_rates")
 
     def replay(self):
         """Replay the captured step where there is one, else compute it."""
@@ -335,7 +349,7 @@ class Trainer:
     def loss(self, images, labels):
         """Return the mean loss and the accuracy, 0 to 1, of a batch.
 
-        A loss of your own takes `self.model` for the net, which may be a copy. ValueError, in a step, for `self.net`.
+        A loss of your own takes `self.model` for the net, which may be a copy: ValueError, in a step, for `self.net`.
         """
         logits = self.model(images).float()
         accuracy = (logits.detach().argmax(1) == labels).float().mean()
@@ -378,18 +392,23 @@ class Trainer:
 
         With flips, half of the images, drawn at first, are mirrored, and in the next epoch the other half: no image is
         seen the same way twice in a row (Jordan 2024, https://arxiv.org/abs/2404.00498). Crops are drawn each epoch.
-        ValueError, when it begins, after the last epoch of the settings, and for a net that was changed otherwise than
-        in its weights since this Trainer was made: moved, frozen, put in eval mode, with other modules, settings or
-        hooks. Its copy, CUDA graph or fused step would go on without the change. A net that trains as it is may change.
-        Also for an optimizer whose groups have another `lr` than this Trainer's (by a scheduler, or load_state_dict),
-        and where a CUDA graph or fused step would go on without a change of data, settings or optimizer.
+
+        ValueError, when it begins, after the last epoch of the settings, and for what changed since this Trainer was
+        made and would be ignored:
+
+        - the net in more than its weights: moved, frozen, in eval mode, with other modules, settings or hooks. A net
+          that trains as it is may change.
+        - `settings`, `optimizer`, or a rate that was set in it, by hand, by a scheduler or by its load_state_dict.
+          Rates are written into `learning_rates`, (steps,), instead.
+        - where there is a CUDA graph or fused step, also `data`, `loss`, `batch`, and anything in the optimizer.
         """
         if self.epochs_left == 0:
             raise ValueError(f"all epochs are done; settings.epochs is {self.settings.epochs}")
         if self.held and self.held != fast.held(self.net):
             raise ValueError("the net was changed since this Trainer was made, in more than its weights; make another")
         if self.parts != self.held_parts():
-            raise ValueError("data, settings or optimizer were changed since this Trainer was made; make another")
+            raise ValueError("data, settings, loss or optimizer were changed since this Trainer was made; make another")
+        self.check_rate()
         self.epochs_left -= 1
         if self.stream:
             # The state may just have been loaded on the current stream.
@@ -416,16 +435,16 @@ class Trainer:
                 torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
 
     def held_parts(self):
-        """Return what a step holds beside the net: the optimizer's rates; in a CUDA graph or fused step, all of it."""
-        groups = self.optimizer.param_groups
-        rates = [(id(group["lr"]), *group) for group in groups]  # a scheduler writes names of its own into a group
+        """Return what the steps hold beside the net; in a CUDA graph or fused step, all that they read."""
+        held = self.settings, id(self.optimizer)
         if not (self.fused or self.captured_step):
-            return rates
-        tensors = self.data.images, self.data.labels, self.learning_rates, *self.optimizer_tensors()
-        groups = [group | {"params": [*map(id, group["params"])], "lr": None} for group in groups]
+            return held
+        groups = [group | {"params": [*map(id, group["params"])], "lr": None} for group in self.optimizer.param_groups]
         hooks = self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks
+        tensors = self.data.images, self.data.labels, self.learning_rates, *self.optimizer_tensors()
         own = [getattr(self.optimizer, name, None) for name in ("rest_lr", "direction", "dtype")]  # Muon's
-        return rates, self.settings, groups, own, [*map(id, (self.data, self.optimizer, *tensors))], [*map(len, hooks)]
+        own += [vars(self).get(name) for name in ("batch", "loss")]
+        return held, groups, [*map(len, hooks)], own, [*map(id, (self.data, *tensors))]
 
     def means(self):
         """Return the epoch's mean training loss and accuracy (percent) so far; waits for the GPU."""
@@ -463,6 +482,7 @@ class Trainer:
         """Resume from a `state_dict` of the same net, data and settings, between two epochs."""
         self.steps_taken = self.steps_per_epoch
         self.metric_sums.zero_()
+        self.diverged.zero_()
         self.net.load_state_dict(state["net"])
         self.epochs_left = self.settings.epochs - int(state["global_step"]) // self.steps_per_epoch
         # Written in place, since a captured graph reads these very tensors.

@@ -90,6 +90,15 @@ def test_a_step_of_batch_norm_agrees_with_autograd_for_an_odd_batch():
 
 
 @interpreted
+def test_of_equal_logits_the_first_counts():
+    images, labels, batch = make_batch(1)
+    net = make_net("layer")
+    torch.nn.init.zeros_(net.c11.weight)
+    torch.nn.init.zeros_(net.c11.bias)
+    compare(net, images, labels.fill_(3), batch, "none")
+
+
+@interpreted
 def test_other_widths_groups_and_classes_agree_with_autograd():
     images, labels, batch = make_batch(1, classes=100)
     net = make_net("group", widths=(2, 20, 8, 12, 16, 8, 24, 28, 32, 20), groups=2, classes=100)
@@ -273,18 +282,19 @@ def test_a_change_that_a_fused_step_would_not_see_is_refused():
     data, settings = Data(images, labels, images, labels), utils.Settings(epochs=1, batch_size=4)
     changes = [
         lambda trainer: trainer.optimizer.register_step_pre_hook(print),
-        lambda trainer: trainer.optimizer.param_groups[1].update(lr=0),
+        lambda trainer: trainer.optimizer.param_groups[1].update(momentum=0),
         lambda trainer: setattr(trainer, "learning_rates", 0 * trainer.learning_rates),
         lambda trainer: setattr(trainer, "data", Data(images, 1 - labels % 2, images, labels)),
         lambda trainer: setattr(trainer, "settings", utils.Settings(epochs=1, batch_size=4, label_smoothing=0.9)),
         lambda trainer: setattr(trainer, "optimizer", copy.deepcopy(trainer.optimizer)),
+        lambda trainer: setattr(trainer, "loss", lambda images, labels: (images.sum(), 1)),
         lambda trainer: trainer.optimizer.state.clear(),
         lambda trainer: setattr(trainer.optimizer, "rest_lr", 1),
     ]
     for change in changes:
         trainer = Trainer(make_net("layer"), data, settings, fused=True)
         change(trainer)
-        with pytest.raises(ValueError, match=r"^data, settings or optimizer were changed since this Trainer was made"):
+        with pytest.raises(ValueError, match=r"^data, settings, loss or optimizer were changed since this Trainer was"):
             next(trainer.epoch())
     assert OwnLoss(make_net("layer"), data, settings).fused is None
     with pytest.raises(ValueError, match=r"^there is no fused step here: this Trainer has a loss of its own$"):

@@ -205,27 +205,113 @@ def test_a_net_that_changes_in_more_than_weights_is_refused_before_an_epoch(smal
     assert torch.equal(weights(net), before)
 
 
-def schedule_by_pytorch(optimizer):
-    torch.optim.lr_scheduler.ConstantLR(optimizer)
+def scale_rate(optimizer):
+    for group in optimizer.param_groups:
+        group["lr"] *= 0.1  # in place, since it is a tensor
 
 
-RATE_CHANGES = [
-    lambda optimizer: optimizer.param_groups[1].update(lr=0.1),
-    lambda optimizer: optimizer.load_state_dict(optimizer.state_dict()),  # which makes a new tensor of the rate
-    schedule_by_pytorch,
-]
+def wait_for_a_plateau(optimizer):
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+    for _ in range(3):
+        plateau.step(1.0)
 
 
-@pytest.mark.parametrize("change", RATE_CHANGES)
-@pytest.mark.parametrize("name", ["muon", "sgd"])
-def test_an_optimizer_that_left_the_schedule_is_refused_before_an_epoch(small, name, change):
+RATE_CHANGES = {
+    "set": lambda optimizer: optimizer.param_groups[1].update(lr=0.1),
+    "scaled": scale_rate,
+    "loaded": lambda optimizer: optimizer.load_state_dict(optimizer.state_dict()),  # as another tensor
+    "scheduled": lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1).step(),
+    "lowered on a plateau": wait_for_a_plateau,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step()")
+@pytest.mark.parametrize("change", RATE_CHANGES.values(), ids=RATE_CHANGES)
+@pytest.mark.parametrize("name", ["muon", "sgd", "sgdw", "adamw"])
+def test_a_rate_that_is_set_in_the_optimizer_is_refused_before_an_epoch(small, name, change):
     trainer = Trainer(utils.build("NetB", SHORT), small, replace(SHORT, optimizer=name))
     run_epoch(trainer)
     change(trainer.optimizer)
     before = weights(trainer.net)
-    with pytest.raises(ValueError, match=r"^data, settings or optimizer were changed since this Trainer was made"):
+    message = r"^the optimizer's learning rate was changed; write into this Trainer's learning_rates$"
+    with pytest.raises(ValueError, match=message):
         run_epoch(trainer)
     assert torch.equal(weights(trainer.net), before)
+
+
+def test_a_rate_that_is_set_within_an_epoch_is_refused_in_the_next_step(small):
+    trainer = Trainer(utils.build("NetB", SHORT), small, SHORT)
+    steps = trainer.epoch()
+    next(steps)
+    scale_rate(trainer.optimizer)
+    with pytest.raises(ValueError, match=r"^the optimizer's learning rate was changed"):
+        next(steps)
+
+
+def test_rates_that_are_written_into_the_schedule_are_taken(small):
+    trainer = Trainer(utils.build("NetB", SHORT), small, SHORT)
+    run_epoch(trainer)
+    trainer.learning_rates *= 0
+    before = weights(trainer.net)
+    run_epoch(trainer)
+    assert torch.equal(weights(trainer.net), before)
+
+
+@pytest.mark.parametrize("change", [{"learning_rate": 0.001}, {"label_smoothing": 0.5}, {"momentum": 0.5}])
+def test_other_settings_are_refused_before_an_epoch(small, change):
+    trainer = Trainer(utils.build("NetB", SHORT), small, SHORT)
+    trainer.settings = replace(SHORT, **change)
+    with pytest.raises(
+        ValueError, match=r"^data, settings, loss or optimizer were changed since this Trainer was made"
+    ):
+        run_epoch(trainer)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_decay_that_is_set_in_the_optimizer_is_that_of_the_next_steps(small, name):
+    found = []
+    for decay, later in ((0.0, 2.0), (2.0, 2.0), (2.0, 0.0), (0.0, 0.0)):
+        settings = replace(SHORT, optimizer=name, learning_rate=RATES[name] / 10, weight_decay=decay)
+        trainer = Trainer(utils.build("NetB", settings, widths=NARROW), small, settings)
+        trainer.optimizer.param_groups[0]["weight_decay"] = later
+        run_epoch(trainer)
+        found.append(weights(trainer.net))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[2], found[3])
+    assert not torch.allclose(found[0], found[2], atol=1e-4)
+
+
+def test_a_run_that_diverged_goes_on_from_an_earlier_state(small):
+    trainer = Trainer(utils.build("NetB", SHORT), small, replace(SHORT, epochs=3))
+    run_epoch(trainer)
+    good, rates = copy.deepcopy(trainer.state_dict()), trainer.learning_rates.clone()
+    trainer.learning_rates[:] = torch.inf
+    run_epoch(trainer)
+    with pytest.raises(FloatingPointError):
+        trainer.check_finite()
+    trainer.load_state_dict(good)
+    trainer.learning_rates.copy_(rates)
+    before = weights(trainer.net)
+    run_epoch(trainer)
+    trainer.check_finite()
+    assert (weights(trainer.net) - before).norm() > 0.01 * before.norm()
+
+
+def test_a_loss_of_ones_own_finds_the_layers_by_their_names(small, float32):
+    """Elsewhere c3 and c7 come after their pools."""
+
+    class Looking(Trainer):
+        def loss(self, images, labels):
+            return super().loss(images, labels)
+
+    net = utils.build("NetB", SHORT)
+    assert isinstance(Trainer(net, small, SHORT).model.c7, fast.AvgPool2x2)
+    looking = Looking(net, small, SHORT)
+    own = found = normalize(small.images[:4])
+    for (name, layer), (copied_name, copied) in zip(net.named_children(), looking.model.named_children(), strict=True):
+        own, found = layer(own), copied(found)
+        assert name == copied_name
+        assert torch.allclose(own, found, atol=1e-5), name
 
 
 class Penalized(Trainer):

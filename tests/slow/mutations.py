@@ -501,11 +501,11 @@ MUTATIONS = [
         f"{TRAINER}::test_a_loss_of_the_net_beside_its_copy_is_refused",
     ),
     (
-        "an optimizer that left the schedule is refused",
+        "a rate that is set in the optimizer is refused",
         "engine/trainer.py",
-        "        if self.parts != self.held_parts():\n",
-        "        if False:\n",
-        f"{TRAINER}::test_an_optimizer_that_left_the_schedule_is_refused_before_an_epoch",
+        "        if another or self.lr._version != self.lr_version:\n",
+        "        if another:\n",
+        f"{TRAINER}::test_a_rate_that_is_set_in_the_optimizer_is_refused_before_an_epoch",
     ),
     (
         "the layout of weights in memory changes nothing",
