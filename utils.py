@@ -24,7 +24,7 @@ from engine.data import check_images, check_text, normalize
 from engine.figures import COLORS, save_figure, title
 from engine.probe import check_votes, describe_votes, eval_mode
 from engine.statistics import contrast
-from engine.trainer import DEFINED, OPTIMIZERS, Trainer, check_input, check_kind, takes_fused_step
+from engine.trainer import DEFINED, OPTIMIZERS, Trainer, check_input, check_kind, kind, takes_fused_step
 from models import NORM_OF, choose, show, whole_number
 
 NETS = ("NetA", "NetB", "NetC")
@@ -100,6 +100,14 @@ def build(name, settings, **options):
     return models.Net(NORM_OF[name], **options)
 
 
+def check_arguments(data, settings):
+    """Raise TypeError, in one line, unless these are, or look like, `engine.data.Data` and `Settings`."""
+    if not hasattr(data, "test_images"):
+        raise TypeError(f"data is {kind(data)}; give what engine.data.load_data returns")
+    if not hasattr(settings, "batch_size"):
+        raise TypeError(f"settings is {kind(settings)}; give Settings()")
+
+
 def train(net, data, settings, label="", track=True, fused=None, checkpoint=None):
     """Train `net` in place on `data`; returns its history, a dict per epoch. It ends on the data's device.
 
@@ -113,12 +121,13 @@ def train(net, data, settings, label="", track=True, fused=None, checkpoint=None
 
     ValueError, see `engine.trainer.Trainer`, also when the checkpoint is damaged or of another run, or might not hold
     or tell all that the net computes from, see `engine.fast.reason_against_copy` and `engine.checkpoints.fingerprint`,
-    or the optimizer is not of `engine.trainer`;
-    TypeError unless `net` is a models.Net; MemoryError when a batch takes more than the GPU has; FloatingPointError
-    when a gradient is not finite. A call with `checkpoint` that is interrupted leaves `net` as it was before.
+    or the optimizer is not of `engine.trainer`; TypeError for another kind of net, data or settings; MemoryError when a
+    batch takes more than the GPU has; FloatingPointError when a gradient is not finite. A call with `checkpoint` that
+    is interrupted leaves `net` as it was before.
     """
     started = time.perf_counter()
     check_kind(net)
+    check_arguments(data, settings)
     device = data.images.device
     if device.type == "cpu":
         fast.keep_memory()
@@ -229,6 +238,7 @@ def run(name, data, settings, study="main", track=True, checkpoints=None):
     checkpoints  folder for the run's checkpoint, in that of `save_runs`: what that would refuse is refused at once
     """
     check_text("study", study)
+    check_arguments(data, settings)
     records.code_commit()  # of the code that runs, whatever is edited while it does
     net = build(name, settings, classes=len(data.classes))
     if checkpoints:

@@ -132,8 +132,7 @@ def check_kind(net):
     ValueError where two parameters share memory, since moving the net, to a GPU or to channels last, would end that.
     """
     if not isinstance(net, models.Net):
-        kind = f"the class {net.__name__}" if isinstance(net, type) else f"a {type(net).__name__}"
-        raise TypeError(f"net is {kind}; give a models.Net, such as NetA()")
+        raise TypeError(f"net is {kind(net)}; give a models.Net, such as NetA()")
     if not isinstance(net.c11, torch.nn.Conv2d):
         raise TypeError(f"c11 is a {type(net.c11).__name__}; give a Conv2d, as in models.Net")
     first = {}
@@ -143,8 +142,14 @@ def check_kind(net):
             raise ValueError(f"{name} shares memory with {first[parameter.data_ptr()]}; {advice}")
 
 
+def kind(thing):
+    return f"the class {thing.__name__}" if isinstance(thing, type) else f"a {type(thing).__name__}"
+
+
 def check_input(net):
-    """Raise ValueError, in one line, unless `net` takes color images in float32."""
+    """Raise ValueError, in one line, unless `net` takes color images in float32; TypeError if it is no module."""
+    if not isinstance(net, torch.nn.Module):
+        raise TypeError(f"net is {kind(net)}; give a module, such as NetA()")
     for name, parameter in net.named_parameters():
         if parameter.dtype != torch.float32:
             raise ValueError(f"{name} is of {parameter.dtype}; give a net whose parameters are all float32")
@@ -206,7 +211,7 @@ class Trainer:
         self.dtype = fast.training_precision(net, device)
         self.loss_scale = LOSS_SCALE if self.dtype == torch.float16 else 1
         self.diverged = torch.zeros((), device=device)  # 1 from the first step on whose gradients are not finite
-        own = [name for name in ("batch", "loss") if getattr(type(self), name) is not getattr(Trainer, name)]
+        own = [name for name, method in STOCK.items() if getattr(type(self), name) is not method]
         if own and fused:
             raise ValueError(f"there is no fused step here: this Trainer has a {own[0]} of its own")
         fused = False if own else fused
@@ -284,9 +289,11 @@ class Trainer:
         """
         self.check_under_way()
         self.check_rate()
-        with self.on_stream():
-            self.replay()
-        self.lr_version = self.lr._version
+        try:
+            with self.on_stream():
+                self.replay()
+        finally:
+            self.lr_version = self.lr._version
         self.steps_taken += 1
 
     def check_under_way(self):
@@ -297,7 +304,7 @@ class Trainer:
         """Raise ValueError for a rate that was set in the optimizer: steps take theirs from `learning_rates`."""
         another = any(group["lr"] is not self.lr for group in self.optimizer.param_groups)
         if another or self.lr._version != self.lr_version:
-            raise ValueError("the optimizer's learning rate was changed; write into this Trainer's learning_rates")
+            raise ValueError("a learning rate was set in the optimizer; write it into this Trainer's learning_rates")
 
     def replay(self):
         """Replay the captured step where there is one, else compute it."""
@@ -398,8 +405,8 @@ class Trainer:
 
         - the net in more than its weights: moved, frozen, in eval mode, with other modules, settings or hooks. A net
           that trains as it is may change.
-        - `settings`, `optimizer`, or a rate that was set in it, by hand, by a scheduler or by its load_state_dict.
-          Rates are written into `learning_rates`, (steps,), instead.
+        - `settings`, `optimizer`, its parameters, or a rate that was set in it, by hand, by a scheduler or by its
+          load_state_dict. Rates are written into `learning_rates`, (steps,), instead.
         - where there is a CUDA graph or fused step, also `data`, `loss`, `batch`, and anything in the optimizer.
         """
         if self.epochs_left == 0:
@@ -436,14 +443,15 @@ class Trainer:
 
     def held_parts(self):
         """Return what the steps hold beside the net; in a CUDA graph or fused step, all that they read."""
-        held = self.settings, id(self.optimizer)
+        params = [[*map(id, group["params"])] for group in self.optimizer.param_groups]
+        held = self.settings, id(self.optimizer), params
         if not (self.fused or self.captured_step):
             return held
-        groups = [group | {"params": [*map(id, group["params"])], "lr": None} for group in self.optimizer.param_groups]
+        groups = [group | {"params": None, "lr": None} for group in self.optimizer.param_groups]
         hooks = self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks
         tensors = self.data.images, self.data.labels, self.learning_rates, *self.optimizer_tensors()
         own = [getattr(self.optimizer, name, None) for name in ("rest_lr", "direction", "dtype")]  # Muon's
-        own += [vars(self).get(name) for name in ("batch", "loss")]
+        own += map(vars(self).get, STOCK)
         return held, groups, [*map(len, hooks)], own, [*map(id, (self.data, *tensors))]
 
     def means(self):
@@ -494,3 +502,6 @@ class Trainer:
             self.global_step.copy_(state["global_step"])
             self.flip.copy_(state["flip"])
         self.generator.set_state(state["generator"])
+
+
+STOCK = {"batch": Trainer.batch, "loss": Trainer.loss}  # as this file has them, whatever is set at run time

@@ -321,6 +321,21 @@ def test_another_kind_of_net_is_refused_in_one_line(tiny, tmp_path, checkpointed
         utils.train(net, tiny, SHORT, checkpoint=checkpoint)
 
 
+def test_other_kinds_of_data_and_settings_are_refused(tiny):
+    pair, wrong = (tiny.images, tiny.labels), {"epochs": 1}
+    for call in (utils.train, utils.run):
+        net = models.NetB() if call is utils.train else "NetB"
+        with pytest.raises(TypeError, match=r"^data is a tuple; give what engine\.data\.load_data returns$"):
+            call(net, pair, Settings())
+        with pytest.raises(TypeError, match=r"^settings is a dict; give Settings\(\)$"):
+            call(net, tiny, wrong)
+
+
+def test_what_is_no_module_is_not_tested(tiny):
+    with pytest.raises(TypeError, match=r"^net is the class NetA; give a module, such as NetA\(\)$"):
+        utils.test(models.NetA, tiny.test_images, tiny.test_labels)
+
+
 def test_a_batch_larger_than_the_data_is_refused(tiny):
     refuses(lambda: trained(tiny, settings=replace(SHORT, batch_size=151)), "batch_size is 151; there are 150 training")
 

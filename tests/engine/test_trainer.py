@@ -233,7 +233,7 @@ def test_a_rate_that_is_set_in_the_optimizer_is_refused_before_an_epoch(small, n
     run_epoch(trainer)
     change(trainer.optimizer)
     before = weights(trainer.net)
-    message = r"^the optimizer's learning rate was changed; write into this Trainer's learning_rates$"
+    message = r"^a learning rate was set in the optimizer; write it into this Trainer's learning_rates$"
     with pytest.raises(ValueError, match=message):
         run_epoch(trainer)
     assert torch.equal(weights(trainer.net), before)
@@ -244,7 +244,7 @@ def test_a_rate_that_is_set_within_an_epoch_is_refused_in_the_next_step(small):
     steps = trainer.epoch()
     next(steps)
     scale_rate(trainer.optimizer)
-    with pytest.raises(ValueError, match=r"^the optimizer's learning rate was changed"):
+    with pytest.raises(ValueError, match=r"^a learning rate was set in the optimizer"):
         next(steps)
 
 
@@ -255,6 +255,25 @@ def test_rates_that_are_written_into_the_schedule_are_taken(small):
     before = weights(trainer.net)
     run_epoch(trainer)
     assert torch.equal(weights(trainer.net), before)
+
+
+def test_a_parameter_that_is_added_to_the_optimizer_is_refused_before_an_epoch(small):
+    """Its gradient would be added up over the steps, since they clear those of the net alone."""
+    trainer = Trainer(utils.build("NetB", SHORT), small, replace(SHORT, optimizer="sgd"))
+    trainer.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(()))]})
+    with pytest.raises(ValueError, match=r"^data, settings, loss or optimizer were changed since"):
+        run_epoch(trainer)
+
+
+def test_a_step_that_was_interrupted_is_no_change_of_the_rate(small):
+    trainer = Trainer(utils.build("NetB", SHORT), small, SHORT)
+    state = copy.deepcopy(trainer.state_dict())
+    hook = trainer.optimizer.register_step_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_epoch(trainer)
+    hook.remove()
+    trainer.load_state_dict(state)
+    run_epoch(trainer)
 
 
 @pytest.mark.parametrize("change", [{"learning_rate": 0.001}, {"label_smoothing": 0.5}, {"momentum": 0.5}])
@@ -297,21 +316,24 @@ def test_a_run_that_diverged_goes_on_from_an_earlier_state(small):
     assert (weights(trainer.net) - before).norm() > 0.01 * before.norm()
 
 
-def test_a_loss_of_ones_own_finds_the_layers_by_their_names(small, float32):
+def test_a_loss_of_ones_own_finds_the_layers_by_their_names(small, float32, monkeypatch):
     """Elsewhere c3 and c7 come after their pools."""
 
     class Looking(Trainer):
         def loss(self, images, labels):
-            return super().loss(images, labels)
+            return self.model(images).sum(), 0 * images.sum()
 
     net = utils.build("NetB", SHORT)
     assert isinstance(Trainer(net, small, SHORT).model.c7, fast.AvgPool2x2)
-    looking = Looking(net, small, SHORT)
-    own = found = normalize(small.images[:4])
-    for (name, layer), (copied_name, copied) in zip(net.named_children(), looking.model.named_children(), strict=True):
-        own, found = layer(own), copied(found)
-        assert name == copied_name
-        assert torch.allclose(own, found, atol=1e-5), name
+    copies = [Looking(net, small, SHORT).model]
+    monkeypatch.setattr(Trainer, "loss", Looking.loss)  # as in a notebook
+    copies.append(Trainer(net, small, SHORT).model)
+    for model in copies:
+        own = found = normalize(small.images[:4])
+        for (name, layer), (copied_name, copied) in zip(net.named_children(), model.named_children(), strict=True):
+            own, found = layer(own), copied(found)
+            assert name == copied_name
+            assert torch.allclose(own, found, atol=1e-5), name
 
 
 class Penalized(Trainer):
