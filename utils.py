@@ -179,6 +179,7 @@ def train(net, data, settings, label="", track=True, fused=None, checkpoint=None
                     written = time.perf_counter()
                 message = f"epoch {epoch}, loss {loss:.3f}, train {accuracy:.1f}%"
                 bar.set_postfix_str(message + (f", {data.split} {tested:.1f}%" if track else ""), refresh=False)
+    net.to(memory_format=torch.contiguous_format)  # as before training: views of weights, as pruning takes, need it
     return history
 
 

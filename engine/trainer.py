@@ -170,6 +170,7 @@ class Trainer:
     (Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740). All state lives in tensors on the device, so nothing
     returns to the host within an epoch. On CUDA one step is captured as a graph and replayed, unless `capture` is
     False. A net with a `fast.reason_against_copy` trains as it is instead: in float32, without copy and graph.
+    The weights lie in channels last from then on; ``net.to(memory_format=torch.contiguous_format)`` ends that.
 
     fused    whether to take the step of engine.kernels, see `takes_fused_step`
     stream   number of the CUDA stream: nets that train at the same time need one each

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.colors import same_color
 from PIL import Image
+from torch.nn.utils import prune
 
 import models
 import utils
@@ -329,6 +330,14 @@ def test_other_kinds_of_data_and_settings_are_refused(tiny):
             call(net, pair, Settings())
         with pytest.raises(TypeError, match=r"^settings is a dict; give Settings\(\)$"):
             call(net, tiny, wrong)
+
+
+def test_weights_can_be_pruned_after_training(tiny):
+    """For which they must lie in memory as they did before."""
+    net = models.NetA()
+    utils.train(net, tiny, SHORT)
+    assert all(parameter.is_contiguous() for parameter in net.parameters())
+    prune.l1_unstructured(net.C9.conv, "weight", 0.5)
 
 
 def test_what_is_no_module_is_not_tested(tiny):
