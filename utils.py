@@ -24,7 +24,7 @@ from engine.data import check_images, check_text, normalize
 from engine.figures import COLORS, save_figure, title
 from engine.probe import check_votes, describe_votes, eval_mode
 from engine.statistics import contrast
-from engine.trainer import DEFINED, OPTIMIZERS, Trainer, check_input, check_kind, kind, takes_fused_step
+from engine.trainer import DEFINED, OPTIMIZERS, Trainer, check_input, check_kind, kind, layout_kept, takes_fused_step
 from models import NORM_OF, choose, show, whole_number
 
 NETS = ("NetA", "NetB", "NetC")
@@ -141,7 +141,8 @@ def train(net, data, settings, label="", track=True, fused=None, checkpoint=None
         checkpoint = Path(checkpoint).expanduser()
     net.to(device)
     history = []
-    with contextlib.nullcontext() if checkpoint is None else checkpoints.restored_on_error(net):
+    restored = contextlib.nullcontext() if checkpoint is None else checkpoints.restored_on_error(net)
+    with layout_kept(net), restored:
         try:
             trainer = Trainer(net, data, settings, fused)
         except torch.OutOfMemoryError:
@@ -179,7 +180,6 @@ def train(net, data, settings, label="", track=True, fused=None, checkpoint=None
                     written = time.perf_counter()
                 message = f"epoch {epoch}, loss {loss:.3f}, train {accuracy:.1f}%"
                 bar.set_postfix_str(message + (f", {data.split} {tested:.1f}%" if track else ""), refresh=False)
-    net.to(memory_format=torch.contiguous_format)  # as before training: views of weights, as pruning takes, need it
     return history
 
 

@@ -75,6 +75,15 @@ def with_strides(tensor, strides):
     return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
+@contextlib.contextmanager
+def layout_kept(net):
+    """End what `Trainer` did to the layout of the weights, also after an error: views, as pruning takes, need that."""
+    try:
+        yield
+    finally:
+        net.to(memory_format=torch.contiguous_format)
+
+
 # Decay is decoupled but in sgd, where it is an L2 term in the gradient. All parameters have one learning rate but in
 # muon, where scales, shifts and c11 have ten times as much.
 OPTIMIZERS = {
@@ -169,8 +178,9 @@ class Trainer:
     Master weights are float32; a copy in low precision, filled anew in each step, computes logits and gradients
     (Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740). All state lives in tensors on the device, so nothing
     returns to the host within an epoch. On CUDA one step is captured as a graph and replayed, unless `capture` is
-    False. A net with a `fast.reason_against_copy` trains as it is instead: in float32, without copy and graph.
-    The weights lie in channels last from then on; ``net.to(memory_format=torch.contiguous_format)`` ends that.
+    False. Weights lie in channels last from then on, so that they have a `reshape`, but no `view`;
+    ``net.to(memory_format=torch.contiguous_format)`` ends that. A net with a `fast.reason_against_copy` trains as it is
+    instead: in float32, without copy and graph, its weights as they lie.
 
     fused    whether to take the step of engine.kernels, see `takes_fused_step`
     stream   number of the CUDA stream: nets that train at the same time need one each
@@ -202,11 +212,13 @@ class Trainer:
             for name in thawed:
                 frozen[name].training = False
             raise ValueError(f"{thawed[0]} is in eval mode, which training would end; call net.train() first")
-        net.to(device, memory_format=torch.channels_last)
+        net.to(device)
+        as_it_is = bool(reason := fast.reason_against_copy(net))
+        if not as_it_is:
+            net.to(memory_format=torch.channels_last)
         for p in net.parameters():  # a slice of another tensor gets memory of its own
             p.data = with_strides(p.data, torch.empty_like(p).stride())
         self.strides = [p.stride() for p in net.parameters()]
-        as_it_is = bool(reason := fast.reason_against_copy(net))
         if as_it_is:
             print_once(f"training in float32, step by step: {reason}")
         self.dtype = fast.training_precision(net, device)

@@ -6,6 +6,7 @@ import math
 import re
 import warnings
 from dataclasses import FrozenInstanceError, asdict, fields, replace
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.colors import same_color
 from PIL import Image
+from torch import nn
 from torch.nn.utils import prune
 
 import models
@@ -332,12 +334,37 @@ def test_other_kinds_of_data_and_settings_are_refused(tiny):
             call(net, tiny, wrong)
 
 
-def test_weights_can_be_pruned_after_training(tiny):
-    """For which they must lie in memory as they did before."""
-    net = models.NetA()
+class StandardizedByView(nn.Conv2d):
+    def forward(self, x):
+        rows = self.weight.view(len(self.weight), -1)
+        rows = (rows - rows.mean(1, keepdim=True)) / (rows.std(1, keepdim=True) + 1e-5)
+        return self._conv_forward(x, rows.view_as(self.weight), self.bias)
+
+
+def test_weights_have_views_where_no_copy_is_trained(tiny):
+    net = models.NetB()
+    net.C5.conv = StandardizedByView(24, 24, 3, padding=1, bias=False)
     utils.train(net, tiny, SHORT)
     assert all(parameter.is_contiguous() for parameter in net.parameters())
-    prune.l1_unstructured(net.C9.conv, "weight", 0.5)
+
+
+def test_weights_are_pruned_again_and_again(tiny):
+    net = models.NetA()
+    convs = [(module, "weight") for module in net.modules() if isinstance(module, nn.Conv2d)]
+    for times in (1, 2):
+        utils.train(net, tiny, SHORT)
+        assert all(parameter.is_contiguous() for parameter in net.parameters())
+        prune.global_unstructured(convs, pruning_method=prune.L1Unstructured, amount=0.5)
+        zeros = sum((conv.weight == 0).sum().item() for conv, _ in convs)
+        assert zeros / sum(conv.weight.numel() for conv, _ in convs) == pytest.approx(1 - 0.5**times, abs=1e-3)
+
+
+def test_weights_have_views_after_an_interrupted_training(tiny, monkeypatch):
+    net = models.NetA()
+    monkeypatch.setattr(Trainer, "means", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        utils.train(net, tiny, SHORT)
+    assert all(parameter.is_contiguous() for parameter in net.parameters())
 
 
 def test_what_is_no_module_is_not_tested(tiny):
