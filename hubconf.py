@@ -24,8 +24,12 @@ def _builder(name):
         if pretrained:
             path = pathlib.Path(__file__).parent / "weights" / f"{name}.pt"
             content = io.BytesIO(path.read_bytes())
-            if zipfile.ZipFile(content).testzip():  # torch.load does not look at the check sums
-                raise ValueError(f"{path} is damaged: its check sum is wrong; download it again")
+            try:
+                damaged = zipfile.ZipFile(content).testzip()  # torch.load does not look at the check sums
+            except zipfile.BadZipFile:
+                damaged = True
+            if damaged:
+                raise ValueError(f"{path} is damaged; download it again")
             content.seek(0)
             net.load_state_dict(torch.load(content, map_location="cpu", weights_only=True))
         return net

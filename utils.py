@@ -104,7 +104,7 @@ def check_arguments(data, settings):
     """Raise TypeError, in one line, unless these are, or look like, `engine.data.Data` and `Settings`."""
     if not hasattr(data, "test_images"):
         raise TypeError(f"data is {kind(data)}; give what engine.data.load_data returns")
-    if not hasattr(settings, "batch_size"):
+    if not hasattr(settings, "batch_size") or isinstance(settings, type):
         raise TypeError(f"settings is {kind(settings)}; give Settings()")
 
 

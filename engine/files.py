@@ -192,7 +192,8 @@ def output_folder(path, create=True):
                 raise OSError(f"{place} leads to {end}, in a checkout")
         for subfolder in subfolders:
             _check_writable(Path(os.path.realpath(subfolder / "file")))
-            if create:
+        if create:
+            for subfolder in subfolders:
                 subfolder.mkdir(parents=True, exist_ok=True)
     except (OSError, TypeError, ValueError) as error:
         raise ValueError(f"{str(path)!r} can't be the output folder: {error}; choose another, such as 'out'") from None

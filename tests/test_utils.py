@@ -332,6 +332,8 @@ def test_other_kinds_of_data_and_settings_are_refused(tiny):
             call(net, pair, Settings())
         with pytest.raises(TypeError, match=r"^settings is a dict; give Settings\(\)$"):
             call(net, tiny, wrong)
+        with pytest.raises(TypeError, match=r"^settings is the class Settings; give Settings\(\)$"):
+            call(net, tiny, Settings)
 
 
 class StandardizedByView(nn.Conv2d):

@@ -576,6 +576,12 @@ def test_links_that_lead_elsewhere_are_allowed(tmp_path):
     files.output_folder(tmp_path / "mine")
 
 
+def test_a_refused_folder_stays_as_it_is(tmp_path):
+    (tmp_path / "weights").write_text("a file")
+    refused(lambda: files.output_folder(tmp_path), ValueError, "weights is no folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["weights"]
+
+
 @pytest.mark.parametrize("user", [lambda call: call(), as_nobody], ids=["owner", "nobody"])
 def test_a_folder_that_cannot_be_written_is_refused_at_once(open_folder, user):
     closed = open_folder / "closed"
