@@ -77,11 +77,16 @@ def with_strides(tensor, strides):
 
 @contextlib.contextmanager
 def layout_kept(net):
-    """End what `Trainer` did to the layout of the weights, also after an error: views, as pruning takes, need that."""
+    """Put the weights back, also after an error, as they lay in memory: views, as pruning takes, depend on that."""
+    before = [(p, torch.empty_like(p).stride()) for p in net.parameters() if not is_lazy(p)]
     try:
         yield
     finally:
         net.to(memory_format=torch.contiguous_format)
+        for p, strides in before:
+            p.data = with_strides(p.data, strides)
+            if p.grad is not None:
+                p.grad = with_strides(p.grad, strides)
 
 
 # Decay is decoupled but in sgd, where it is an L2 term in the gradient. All parameters have one learning rate but in

@@ -343,6 +343,16 @@ class StandardizedByView(nn.Conv2d):
         return self._conv_forward(x, rows.view_as(self.weight), self.bias)
 
 
+@pytest.mark.parametrize("as_it_is", [False, True])
+def test_weights_in_channels_last_stay_there(tiny, as_it_is):
+    net = models.NetA().to(memory_format=torch.channels_last)
+    if as_it_is:
+        net.C5.register_forward_hook(lambda *_: None)
+    before = net.C5.conv.weight.stride()
+    utils.train(net, tiny, SHORT)
+    assert net.C5.conv.weight.stride() == net.C5.conv.weight.grad.stride() == before
+
+
 def test_weights_have_views_where_no_copy_is_trained(tiny):
     net = models.NetB()
     net.C5.conv = StandardizedByView(24, 24, 3, padding=1, bias=False)
