@@ -225,7 +225,7 @@ MUTATIONS = [
         "a folder that can't be written is refused at the start",
         "engine/files.py",
         '            _check_writable(Path(os.path.realpath(subfolder / "file")))\n',
-        "",
+        "            pass\n",
         f"{FILES}::test_a_folder_that_cannot_be_written_is_refused_at_once",
     ),
     (
