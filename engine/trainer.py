@@ -77,7 +77,10 @@ def with_strides(tensor, strides):
 
 @contextlib.contextmanager
 def layout_kept(net):
-    """Put the weights back, also after an error, as they lay in memory: views, as pruning takes, depend on that."""
+    """Restore the memory layout of weights and gradients in the end, also after an error; buffers become contiguous.
+
+    Without that, `view` fails, and with it pruning.
+    """
     before = [(p, torch.empty_like(p).stride()) for p in net.parameters() if not is_lazy(p)]
     try:
         yield
@@ -183,9 +186,9 @@ class Trainer:
     Master weights are float32; a copy in low precision, filled anew in each step, computes logits and gradients
     (Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740). All state lives in tensors on the device, so nothing
     returns to the host within an epoch. On CUDA one step is captured as a graph and replayed, unless `capture` is
-    False. Weights lie in channels last from then on, so that they have a `reshape`, but no `view`;
+    False. From then on weights lie in channels last, where `view` fails and `reshape` works;
     ``net.to(memory_format=torch.contiguous_format)`` ends that. A net with a `fast.reason_against_copy` trains as it is
-    instead: in float32, without copy and graph, its weights as they lie.
+    instead: in float32, without copy and graph, in the memory layout that it has.
 
     fused    whether to take the step of engine.kernels, see `takes_fused_step`
     stream   number of the CUDA stream: nets that train at the same time need one each

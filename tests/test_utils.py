@@ -371,12 +371,24 @@ def test_weights_are_pruned_again_and_again(tiny):
         assert zeros / sum(conv.weight.numel() for conv, _ in convs) == pytest.approx(1 - 0.5**times, abs=1e-3)
 
 
-def test_weights_have_views_after_an_interrupted_training(tiny, monkeypatch):
+class Masked(nn.Module):
+    state_in_buffers = True
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mask", torch.ones(1, 24, 16, 16))
+
+    def forward(self, x):
+        return x * self.mask
+
+
+def test_weights_and_buffers_have_views_after_an_interrupted_training(tiny, monkeypatch):
     net = models.NetA()
+    net.C5.norm = nn.Sequential(net.C5.norm, Masked())
     monkeypatch.setattr(Trainer, "means", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         utils.train(net, tiny, SHORT)
-    assert all(parameter.is_contiguous() for parameter in net.parameters())
+    assert all(tensor.is_contiguous() for tensor in (*net.parameters(), *net.buffers()))
 
 
 def test_what_is_no_module_is_not_tested(tiny):
